@@ -1,0 +1,53 @@
+"""Trueline: align a language model by contrast, with no reward model and no preference data.
+
+Names are loaded on first use, so `import trueline` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trueline.decoding import Decoder, Prompt, Step, generate
+    from trueline.errors import ConfigError, DataError, ModelError, TruelineError
+    from trueline.methods import METHODS, make_method
+    from trueline.methods.ada_cd import AdaCD
+    from trueline.methods.blend import Blend
+    from trueline.methods.contrast import Contrast
+    from trueline.methods.linear_alignment import LinearAlignment
+    from trueline.methods.plain import Plain
+    from trueline.methods.self_cd import SAFETY_PROMPT, SelfCD
+    from trueline.modeling import LanguageModel, load_model
+    from trueline.types import Completion, Message, Method, Request, SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "trueline.decoding": ("Decoder", "Prompt", "Step", "generate"),
+    "trueline.errors": ("ConfigError", "DataError", "ModelError", "TruelineError"),
+    "trueline.methods": ("METHODS", "make_method"),
+    "trueline.methods.ada_cd": ("AdaCD",),
+    "trueline.methods.blend": ("Blend",),
+    "trueline.methods.contrast": ("Contrast",),
+    "trueline.methods.linear_alignment": ("LinearAlignment",),
+    "trueline.methods.plain": ("Plain",),
+    "trueline.methods.self_cd": ("SAFETY_PROMPT", "SelfCD"),
+    "trueline.modeling": ("LanguageModel", "load_model"),
+    "trueline.types": ("Completion", "Message", "Method", "Request", "SamplingParams"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines a public name, on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'trueline' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return list(__all__)

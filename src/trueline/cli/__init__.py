@@ -1,0 +1,97 @@
+"""The command line: parse, call, print. One module a command; heavy imports happen in its `run`.
+
+    trueline generate | chat | methods | inspect | demo
+
+Errors that Trueline raises on purpose are printed as `error: ...` with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from trueline.errors import ConfigError, TruelineError, suggestion
+
+COMMANDS = {
+    "generate": "answer a question, or a file of them, under a decoding method",
+    "chat": "talk to a model in the terminal and change the method as you go",
+    "inspect": "show token by token what a method changed, as HTML, PNG and JSONL",
+    "methods": "list the decoding methods, their options and papers",
+    "demo": "measure principle adherence and over-refusal on the bundled model",
+}
+
+EXAMPLES = """examples:
+  trueline generate "What is the moon?" --method linear-alignment --principle "Talk like a pirate."
+  trueline generate --input prompts.jsonl --output out.jsonl --method self-cd
+  trueline chat --principle "Answer in one sentence."
+  trueline COMMAND --help
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `ConfigError`s that suggest the option that was meant."""
+
+    def __init__(self, **options: object) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+        """Parse, and name the closest option for one that does not exist."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser = getattr(parsed, "parser", self)
+            word = unknown[0].split("=")[0]
+            known = [o for a in parser._actions for o in a.option_strings if o.startswith("--")]
+            hint = suggestion(word, known) if word.startswith("-") else ""
+            hint = hint if "Did you mean" in hint else f" See {parser.prog} --help."
+            raise ConfigError(f'Unknown argument "{word}".{hint}')
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise ConfigError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def build_parser() -> Parser:
+    """Return the parser with all commands; loads no torch."""
+    from trueline import __version__
+
+    parser = Parser(
+        prog="trueline",
+        description="Align a language model by contrast, with no reward model and no training.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"trueline {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"trueline.cli.{name}")
+        sub = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=module.EXAMPLES,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run, parser=sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for an error, 130 for Ctrl-C."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        args = build_parser().parse_args(argv)
+        return int(args.run(args) or 0)
+    except TruelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,71 @@
+"""Every error that Trueline raises on purpose.
+
+    TruelineError
+      ConfigError(ValueError)   an option, a method name, a range
+      DataError(ValueError)     a row or a file; the message starts with path:line where there is one
+      ModelError(RuntimeError)  a checkpoint that lacks what is needed
+
+A message says what is wrong, what we got and what to do. The command line prints it after
+`error: ` and exits with 2; a traceback means a bug of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+class TruelineError(Exception):
+    """The root: catch this to catch everything Trueline raises on purpose."""
+
+
+class ConfigError(TruelineError, ValueError):
+    """An option is unknown, misspelt or out of range."""
+
+
+class DataError(TruelineError, ValueError):
+    """A file or a row of it cannot be used."""
+
+
+class ModelError(TruelineError, RuntimeError):
+    """A model or tokenizer lacks what the work needs."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean "..."?` for the closest known name, or the known names."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f' Did you mean "{close[0]}"?'
+    return f" Known: {', '.join(known)}." if known else ""
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+    whole: bool = False,
+    infinite: bool = False,
+) -> None:
+    """Raise `ConfigError` unless `value` is a number in the range, finite unless `infinite`."""
+    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if right_type:
+        assert isinstance(value, (int, float))
+        above = low < value if low_open else low <= value
+        below = value < high if high_open else value <= high
+        if above and below and (infinite or math.isfinite(value)):
+            return
+    kind = "a whole number" if whole else "a finite number" if not infinite else "a number"
+    left, right = "(" if low_open else "[", ")" if high_open else "]"
+    if math.isinf(low) and math.isinf(high):
+        bounds = ""
+    elif math.isinf(high):
+        bounds = f" {'above' if low_open else 'of at least'} {low:g}"
+    else:
+        bounds = f" in {left}{low:g}, {high:g}{right}"
+    raise ConfigError(f"`{name}` must be {kind}{bounds}, got {value!r}.")

@@ -1,0 +1,109 @@
+"""Linear Alignment: a closed-form policy step towards a principle, at every token.
+
+Paper: Gao et al., "Linear Alignment: A Closed-form Solution for Aligning Human Preferences without
+Tuning and Feedback", ICML 2024, arXiv 2401.11458.
+
+Maximise Q(s, mu) over the output logits mu inside a norm ball around mu_0. To first order the
+solution moves along g = dQ/dmu, and the paper estimates g by self-contrast: it is parallel to what
+the principle prompt changes, d = z_p - z_0.                                              [paper]
+
+    ratio form      z* = z_p + ratio (z_p - z_0)                                          [code]
+    closed form     z* = z_0 + epsilon sign(g) |g|^(q-1) / ||g||_q^(q-1),  1/norm + 1/q = 1   [recon]
+    candidates      the top-p set of softmax(z_p); all other tokens are out               [code]
+
+    here        paper / authors' code
+    ratio       epsilon over the norm of g, plus the principle prompt itself (`ratio`)
+    epsilon     radius of the ball
+    norm        p of the ball's norm
+    top_p       `top_p`, 0.8
+
+Differs from the paper: its norm and estimator constants are not given, so `norm` is an option. g is
+    taken with mean zero over the vocabulary, as any gradient through a softmax has; without that
+    step the closed form would depend on an arbitrary constant in the logits.
+Differs from the authors' code: the principle joins the caller's own system message instead of a
+    fixed helpful-assistant sentence. When no candidate has any mass the code falls back to the
+    principled branch; here masses are compared as logits and cannot vanish. Greedy decoding sees
+    the candidates at temperature 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from trueline.errors import ConfigError, check_number
+from trueline.methods._ops import extrapolate, nucleus, restrict, with_system
+from trueline.types import Message
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearAlignment:
+    """Follow a principle stated in words, with no training.
+
+    >>> LinearAlignment(principle="Talk like a pirate.", ratio=2)
+    >>> LinearAlignment(principle="Talk like a pirate.", epsilon=8.0, norm=2)
+    """
+
+    name: ClassVar[str] = "linear-alignment"
+    paper: ClassVar[str] = "Gao et al., ICML 2024, arXiv 2401.11458"
+    rest_branch: ClassVar[int] = 0
+    base_branches: ClassVar[tuple[int, ...]] = ()
+    first_tokens: ClassVar[int | None] = None
+
+    principle: str
+    """What the model is to follow; added to the system message of the first branch."""
+    ratio: float = 2.0
+    """Strength; 0 returns the principle-prompted model, -1 the plain one. The papers use 2 to 5."""
+    top_p: float = 0.8
+    """Candidates: the top-p set of the principle-prompted branch, in (0, 1]; 1 keeps all tokens."""
+    epsilon: float | None = None
+    """Radius of the closed form, at least 0; when given it replaces `ratio`. 0 is the plain model
+    on the candidates."""
+    norm: float = 2.0
+    """Norm of the closed form's ball: above 1, `inf` allowed."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.principle, str) or not self.principle.strip():
+            raise ConfigError("`principle` is empty. State in words what the model is to follow.")
+        check_number("ratio", self.ratio)
+        check_number("top_p", self.top_p, low=0, high=1, low_open=True)
+        if self.epsilon is not None:
+            check_number("epsilon", self.epsilon, low=0)
+        check_number("norm", self.norm, low=1, low_open=True, infinite=True)
+
+    def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:
+        """Return the prompt with the principle, and the prompt without it."""
+        return [with_system(messages, self.principle), list(messages)]
+
+    def combine(self, logits: Float[Tensor, "batch 2 vocab"]) -> Float[Tensor, "batch vocab"]:
+        """Return the logits of the aligned policy, minus infinity outside the candidates."""
+        z_p, z_0 = logits.unbind(1)
+        if self.epsilon is None:
+            # z* = z_p + ratio (z_p - z_0)
+            z = extrapolate(z_p, z_0, self.ratio)
+        else:
+            z = z_0 + self.epsilon * dual_direction(z_p - z_0, self.norm)
+        return z if self.top_p == 1 else restrict(z, nucleus(z_p, self.top_p))
+
+
+def dual_direction(
+    d: Float[Tensor, "batch vocab"], norm: float
+) -> Float[Tensor, "batch vocab"]:
+    """Return the step of unit `norm` that increases <d, step> most, for d with its mean removed.
+
+    `norm` 2 is d / ||d||, `inf` is sign(d). A zero d gives a zero step.
+    """
+    g = d - d.mean(-1, keepdim=True)
+    if math.isinf(norm):
+        return g.sign()
+    # sign(g) |g|^(q-1) / ||g||_q^(q-1),  q - 1 = 1 / (norm - 1);  scaled by max |g| against overflow
+    size = g.abs()
+    top = size.amax(-1, keepdim=True).clamp(min=1e-30)
+    step = (size / top) ** (1 / (norm - 1))
+    return g.sign() * step / step.norm(p=norm, dim=-1, keepdim=True).clamp(min=1e-30)

@@ -1,0 +1,146 @@
+"""What crosses layers: messages, requests, sampling settings, completions. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypedDict
+
+from trueline.errors import ConfigError, DataError, check_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+ROLES = ("system", "user", "assistant")
+
+
+class Message(TypedDict):
+    """One turn: `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Method(Protocol):
+    """A decoding method: which K prompts to run, and how their logits become one distribution.
+
+    Implementations are frozen dataclasses whose fields are their configuration (see
+    `trueline.methods`); nothing needs to inherit from this class.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def first_tokens(self) -> int | None:
+        """After this many tokens only `rest_branch` goes on; None: all branches to the end."""
+
+    @property
+    def rest_branch(self) -> int:
+        """The branch that goes on alone after `first_tokens`."""
+
+    @property
+    def base_branches(self) -> tuple[int, ...]:
+        """Branches that run with the model's adapter switched off."""
+
+    def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:
+        """Return the messages of the K branches."""
+
+    def combine(self, logits: Tensor) -> Tensor:
+        """Map logits (batch, branch, vocab), temperature applied, to logits (batch, vocab)."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a token is chosen from the combined distribution, and when to stop.
+
+    Defaults are greedy. Order: repetition penalty, temperature, method, top-k, top-p, min-p.
+    """
+
+    max_new_tokens: int = 128
+    """Tokens to generate at most, at least 1."""
+    temperature: float = 0.0
+    """0 is greedy (methods then see temperature 1); divides the logits before the method."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose mass reaches this; in (0, 1]."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely relative to the likeliest; in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already seen; above 0."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+    n: int = 1
+    """Completions for each request; sample j is drawn with seed + j."""
+    logprobs: bool = False
+    """Record the chosen token's log-probability before and after the method."""
+
+    def __post_init__(self) -> None:
+        check_number("max_new_tokens", self.max_new_tokens, low=1, whole=True)
+        check_number("temperature", self.temperature, low=0)
+        check_number("top_k", self.top_k, low=0, whole=True)
+        check_number("top_p", self.top_p, low=0, high=1, low_open=True)
+        check_number("min_p", self.min_p, low=0, high=1)
+        check_number("repetition_penalty", self.repetition_penalty, low=0, low_open=True)
+        check_number("n", self.n, low=1, whole=True)
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ConfigError(f"`stop` must be strings that are not empty, got {self.stop!r}.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to answer: a prompt, and how to decode it.
+
+    `messages` may be a string (one user message) or a sequence of messages. `method` and
+    `sampling` fall back to those of the call.
+    """
+
+    messages: str | Sequence[Message]
+    method: Method | None = None
+    sampling: SamplingParams | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text. `token_ids` includes the end-of-text token if the model gave one."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    seed: int
+    prompt_tokens: tuple[int, ...]
+    """Prompt length of each branch."""
+    logprobs: list[float] | None = None
+    """Log-probability of each token under the combined distribution it was drawn from."""
+    branch_logprobs: list[float] | None = None
+    """The same under the first branch alone, before the method."""
+    trace: list[Any] = field(default_factory=list, repr=False)
+
+
+def check_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Return `messages` as a fresh list of messages; raise `DataError` for what is not a chat."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    checked: list[Message] = []
+    for message in messages:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise DataError(f'A message must be {{"role": ..., "content": ...}}, got {message!r}.')
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise DataError(f'`role` must be one of {", ".join(ROLES)}, got "{role}".')
+        if not isinstance(content, str) or not content.strip():
+            raise DataError(f"The {role} message is empty. Give it some text.")
+        checked.append({"role": role, "content": content})
+    if not any(m["role"] == "user" for m in checked):
+        raise DataError("The prompt has no user message. Add one.")
+    if any(m["role"] == "system" for m in checked[1:]):
+        raise DataError("A system message must come first and only once.")
+    return checked
