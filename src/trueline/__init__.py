@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trueline.decoding import Decoder, Prompt, Step, generate
     from trueline.errors import ConfigError, DataError, ModelError, TruelineError
+    from trueline.hook import guided
     from trueline.methods import METHODS, make_method
     from trueline.methods.ada_cd import AdaCD
     from trueline.methods.blend import Blend
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "trueline.decoding": ("Decoder", "Prompt", "Step", "generate"),
     "trueline.errors": ("ConfigError", "DataError", "ModelError", "TruelineError"),
+    "trueline.hook": ("guided",),
     "trueline.methods": ("METHODS", "make_method"),
     "trueline.methods.ada_cd": ("AdaCD",),
     "trueline.methods.blend": ("Blend",),

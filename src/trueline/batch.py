@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 class Batch:
     """The rows of one forward: cache, mask, positions."""
 
-    def __init__(
-        self, model: LanguageModel, rows: list[list[int]], adapters: list[bool]
-    ) -> None:
+    def __init__(self, model: LanguageModel, rows: list[list[int]], adapters: list[bool]) -> None:
         self.model, self.rows, self.adapters = model, rows, adapters
         self.cache = new_cache(model.text_config.num_hidden_layers)
         self.ids, self.mask = pad_left(rows, model.pad_token_id, model.device)

@@ -19,6 +19,7 @@ class GrowingLayer(DynamicLayer):
     """A layer's keys and values in a buffer with room to grow: a step copies one position."""
 
     room: int = 64
+    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -28,23 +29,18 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
-        buffers = getattr(self, "buffers", None)
-        if buffers is None or buffers[0].shape[-2] < new:
-            buffers = self._grow(key_states, value_states, old, new)
-        self.buffers = buffers
-        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+        if self.buffers is None or self.buffers[0].shape[-2] < new:
+            self.buffers = self._longer(key_states, new), self._longer(value_states, new)
+            if old and self.keys is not None and self.values is not None:
+                self.buffers[0][:, :, :old], self.buffers[1][:, :, :old] = self.keys, self.values
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, old:new] = states
-        self.keys, self.values = (buffer[:, :, :new] for buffer in buffers)
+        self.keys, self.values = (buffer[:, :, :new] for buffer in self.buffers)
         return self.keys, self.values
 
-    def _grow(
-        self, keys: torch.Tensor, values: torch.Tensor, old: int, new: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _longer(self, states: torch.Tensor, new: int) -> torch.Tensor:
         size = new + max(self.room, new // 2)
-        grown = tuple(x.new_empty(*x.shape[:2], size, x.shape[-1]) for x in (keys, values))
-        if old:
-            grown[0][:, :, :old], grown[1][:, :, :old] = self.keys, self.values
-        return grown  # type: ignore[return-value]
+        return states.new_empty(*states.shape[:2], size, states.shape[-1])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, which may repeat."""
@@ -77,8 +73,7 @@ class PrefixStore:
         """Keep the last len(ids) positions of one row of `cache`."""
         n = len(ids)
         self.entries[adapter, tuple(ids)] = [
-            (layer.keys[row, :, -n:].clone(), layer.values[row, :, -n:].clone())
-            for layer in cache.layers
+            (keys[row, :, -n:].clone(), values[row, :, -n:].clone()) for keys, values, *_ in cache
         ]
         while len(self.entries) > self.size:
             self.entries.pop(next(iter(self.entries)))
@@ -119,5 +114,5 @@ class PrefixStore:
                     if entry is not None and (n := columns - (width - len(ids))) > 0:
                         block[row, :, columns - n :] = entry[i][part][:, :n]
                 both.append(block)
-            cache.layers[i].update(*both)
+            cache.update(both[0], both[1], i)
         return cache

@@ -3,9 +3,10 @@
     Request -> method.prompts -> encode -> prefill -> logits (row, vocab)
     every step: / temperature -> method.combine -> sample -> one token to all branches of a request
 
-Branches are rows, never a second model call. All rows share one cache; they are padded on the left
-and carry explicit positions. A request that has finished leaves the batch, and so does a branch that
-its method no longer needs. `stream` yields a `Step` per request and token; `generate` collects them.
+Branches are rows, never a second model call. All rows share one cache; they are padded on the
+left and carry explicit positions. A request that has finished leaves the batch, and so does a
+branch that its method no longer needs. `stream` yields a `Step` per request and token; `generate`
+collects them.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class Decoder:
         return Prompt(branches, method, sampling, request.seed, prefixes)
 
     def check_length(self, branches: Sequence[Sequence[int]]) -> None:
-        """Raise `DataError` if a branch is empty or has more tokens than the model has positions."""
+        """Raise `DataError` if a branch is empty or longer than the model has positions."""
         longest, limit = max(map(len, branches)), self.model.max_positions
         if not min(map(len, branches)):
             raise DataError("The prompt has no tokens. Give it some text.")

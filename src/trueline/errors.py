@@ -2,7 +2,7 @@
 
     TruelineError
       ConfigError(ValueError)   an option, a method name, a range
-      DataError(ValueError)     a row or a file; the message starts with path:line where there is one
+      DataError(ValueError)     a row or a file; the message starts with path:line if there is one
       ModelError(RuntimeError)  a checkpoint that lacks what is needed
 
 A message says what is wrong, what we got and what to do. The command line prints it after

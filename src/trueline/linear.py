@@ -8,7 +8,7 @@ same product from weights in oneDNN's own blocked layout is up to twice as fast
 
 from __future__ import annotations
 
-from functools import partial
+import copy
 
 import torch
 from torch import nn
@@ -35,19 +35,52 @@ def can_pack(dtype: torch.dtype) -> bool:
 def pack_weights(model: nn.Module, *, force: bool = False) -> int:
     """Give every `nn.Linear` of `model` that gains from it a packed product; return how many.
 
-    Nothing is packed if the copies would take more than `MAX_BYTES`, unless `force`. Modules that do
-    more than a matrix product (quantised, subclassed) are left alone. The weights themselves stay:
-    saving works, training uses torch's own product, and weights changed in place are noticed.
+    Nothing is packed if the copies would take more than `MAX_BYTES`, unless `force`. Modules that
+    do more than a matrix product (quantised, subclassed) are left alone. The weights stay: saving
+    works, training uses torch's own product, and weights changed in place are packed anew.
     """
     modules = [m for m in model.modules() if type(m) is nn.Linear and _gains(m.weight)]
     if not force and sum(m.weight.nbytes for m in modules) > MAX_BYTES:
         return 0
     for module in modules:
-        with torch.no_grad():
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS_HINT)
-        forward = partial(_packed_linear, module, packed, module.weight._version)
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = PackedProduct(module)  # type: ignore[method-assign,assignment]
     return len(modules)
+
+
+class PackedProduct:
+    """The forward of one `nn.Linear`, from weights that are packed when they are first needed.
+
+    Weights changed in place since are packed again. Copies and pickles of the module work: they
+    carry the module, not the packed weights.
+    """
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+        self.packed: torch.Tensor | None = None
+        self.version = -1
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product, packed where that is faster and no gradient is wanted."""
+        weight, bias = self.module.weight, self.module.bias
+        few = x.numel() < MIN_ROWS.get(weight.dtype, 1 << 30) * x.shape[-1]
+        if few or torch.is_grad_enabled() or x.dtype != weight.dtype or not weight.is_cpu:
+            return nn.functional.linear(x, weight, bias)
+        # Tensors of inference mode have no version, and no way to train them.
+        version = 0 if weight.is_inference() else weight._version
+        if self.packed is None or version != self.version:
+            self.packed, self.version = _pack(weight), version
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PackedProduct:
+        return PackedProduct(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[type[PackedProduct], tuple[nn.Linear]]:
+        return PackedProduct, (self.module,)
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
 
 
 def _gains(weight: torch.Tensor) -> bool:
@@ -56,18 +89,3 @@ def _gains(weight: torch.Tensor) -> bool:
         and can_pack(weight.dtype)
         and weight.numel() >= MIN_WEIGHTS[weight.dtype]
     )
-
-
-def _packed_linear(
-    module: nn.Linear, packed: torch.Tensor, version: int, x: torch.Tensor
-) -> torch.Tensor:
-    """Return `module`'s product, from the packed weights where they are current and faster."""
-    weight = module.weight
-    if (
-        torch.is_grad_enabled()
-        or x.dtype != weight.dtype
-        or weight._version != version
-        or x.numel() < MIN_ROWS[x.dtype] * x.shape[-1]
-    ):
-        return nn.functional.linear(x, weight, module.bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")

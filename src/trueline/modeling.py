@@ -45,10 +45,10 @@ class LanguageModel:
             raise ModelError(
                 f'Model "{self.name}" ({kind}) is an encoder-decoder. Give a causal language model.'
             )
-        if getattr(self.model, "_is_stateful", False) or _has_recurrent_layers(self.text_config):
+        if odd := _odd_layers(self.model, self.text_config):
             raise ModelError(
-                f'Model "{self.name}" ({kind}) keeps a recurrent state, which left padding and '
-                "branches of unequal length would corrupt. Give a model with attention only."
+                f'Model "{self.name}" ({kind}) has {odd}, which left padding and branches of '
+                "unequal length would corrupt. Give a model with full or sliding-window attention."
             )
         self.model.eval()
 
@@ -60,11 +60,12 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the input embeddings live."""
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        return device
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens a row may have, prompt and completion; None if the model sets no limit."""
+        """The most tokens a row may have, prompt and completion; None if there is no limit."""
         config = self.text_config
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             if isinstance(limit := getattr(config, name, None), int) and limit > 0:
@@ -97,7 +98,7 @@ class LanguageModel:
     @cached_property
     def forward_names(self) -> frozenset[str]:
         """Names of the arguments that the model's forward takes."""
-        base = self.model.get_base_model() if self.has_adapter else self.model
+        base: Any = self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
         return frozenset(inspect.signature(base.forward).parameters)
 
 
@@ -226,8 +227,11 @@ def _device(device: str) -> torch.device:
             raise ConfigError(
                 f'Unknown device "{device}". Give auto, cpu, cuda, cuda:0 or mps.'
             ) from None
-        available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-        if not available.get(target.type, lambda: True)():
+        available: dict[str, Any] = {
+            "cuda": torch.cuda.is_available,
+            "mps": torch.backends.mps.is_available,
+        }
+        if target.type in available and not available[target.type]():
             raise ConfigError(f'Device "{device}" is not available on this machine.')
         return target
     if torch.cuda.is_available():
@@ -237,7 +241,8 @@ def _device(device: str) -> torch.device:
 
 def native_bfloat16() -> bool:
     """Return whether this CPU computes in bfloat16 natively (AVX-512 BF16 or AMX)."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    probe: Any = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = probe()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -298,10 +303,10 @@ def _read_template(chat_template: str | Path | None) -> str | None:
         raise ConfigError(f'Cannot read chat template "{chat_template}": {error}.') from None
 
 
-def _has_recurrent_layers(text_config: Any) -> bool:
-    from transformers import DynamicCache
-
-    try:
-        return any(DynamicCache(config=text_config).is_linear)
-    except (AttributeError, ValueError, KeyError, TypeError):
-        return False
+def _odd_layers(model: Any, text_config: Any) -> str:
+    """Return what kinds of layers a model has besides attention over all or the last tokens."""
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    if odd := sorted(kinds - {"full_attention", "sliding_attention"}):
+        return f"{', '.join(odd)} layers"
+    recurrent = getattr(model, "_is_stateful", False) or "mamba" in text_config.model_type
+    return "a recurrent state" if recurrent else ""

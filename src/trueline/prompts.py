@@ -1,8 +1,7 @@
-"""Prompts: messages to token ids through the chat template, and rows of ids to a left-padded batch."""
+"""Messages to token ids through the chat template, and rows of ids to a left-padded batch."""
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -49,7 +48,8 @@ def system_prefix(model: LanguageModel, messages: Sequence[Message]) -> list[int
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many leading ids `a` and `b` share."""
-    return len(os.path.commonprefix([list(a), list(b)]))  # type: ignore[list-item]
+    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(different, min(len(a), len(b)))
 
 
 def pad_left(
@@ -81,7 +81,7 @@ def _apply(model: LanguageModel, messages: Sequence[Message]) -> str:
     try:
         return str(
             model.tokenizer.apply_chat_template(
-                [dict(m) for m in messages],
+                [{"role": m["role"], "content": m["content"]} for m in messages],
                 tokenize=False,
                 add_generation_prompt=not open_answer,
                 continue_final_message=open_answer,

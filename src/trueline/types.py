@@ -1,10 +1,10 @@
-"""What crosses layers: messages, requests, sampling settings, completions. Standard library only."""
+"""What crosses layers: messages, requests, sampling settings, completions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypedDict, runtime_checkable
 
 from trueline.errors import ConfigError, DataError, check_number
 
@@ -22,6 +22,7 @@ class Message(TypedDict):
     content: str
 
 
+@runtime_checkable
 class Method(Protocol):
     """A decoding method: which K prompts to run, and how their logits become one distribution.
 

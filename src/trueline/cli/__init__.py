@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+    def parse_args(self, args=None, namespace=None):
         """Parse, and name the closest option for one that does not exist."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -70,7 +70,9 @@ def build_parser() -> Parser:
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"trueline.cli.{name}")
         sub = commands.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=module.EXAMPLES,
         )
         module.add_arguments(sub)

@@ -1,4 +1,6 @@
-"""The decoding methods, one file per paper. A new one is its file, its line here, its test, its docs row.
+"""The decoding methods, one file per paper.
+
+A new one is its file, its line here, its test and its row in the docs.
 
 Reading this table loads no torch.
 """
@@ -44,7 +46,9 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
             hint = f" It belongs to {', '.join(others)}." if others else suggestion(option, fields)
             raise ConfigError(f'Method "{name}" has no option `{option}`.{hint}')
     missing = [
-        f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in options
+        f.name
+        for f in fields.values()
+        if f.default is dataclasses.MISSING and f.name not in options
     ]
     if missing:
         raise ConfigError(f'Method "{name}" needs `{missing[0]}`.')

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def with_system(messages: Sequence[Message], text: str | None) -> list[Message]:
-    """Return `messages` with `text` added to the caller's own system message, after a blank line."""
+    """Return `messages` with `text` added to the caller's system message, after a blank line."""
     messages = list(messages)
     if not text:
         return messages

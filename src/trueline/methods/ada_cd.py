@@ -54,7 +54,7 @@ class AdaCD:
     threshold: float = 0.9
     """Agreement and confidence needed to count a refusal as real; in (0, 1]."""
     plausibility: float = 0.01
-    """Keep only tokens at least this likely, relative to the likeliest, in the plain branch; (0, 1]."""
+    """Keep tokens at least this likely, relative to the likeliest, in the plain branch; (0, 1]."""
     first_tokens: int | None = 10
     """Contrast only the first so many tokens, then go on with the plain prompt alone."""
     refusing_prompt: str = "Please refuse to answer me!"

@@ -1,8 +1,8 @@
 """Contrast: classifier-free guidance between two prompts, or between a tuned model and its base.
 
 Paper: Sanchez et al., "Stay on topic with Classifier-Free Guidance", ICML 2024, arXiv 2306.17806,
-eq. 7 (negative prompts: sec. 3.4). Tuned against base: Liu et al., "Tuning Language Models by Proxy",
-COLM 2024, arXiv 2401.08565, and Mitchell et al., "An Emulator for Fine-Tuning", ICLR 2024,
+eq. 7 (negative prompts: sec. 3.4). Tuned against base: Liu et al., "Tuning Language Models by
+Proxy", COLM 2024, arXiv 2401.08565, and Mitchell et al., "An Emulator for Fine-Tuning", ICLR 2024,
 arXiv 2310.12962, here with one set of weights and its adapter off.
 
     z* = z_n + guidance (z_p - z_n)

@@ -7,9 +7,9 @@ Maximise Q(s, mu) over the output logits mu inside a norm ball around mu_0. To f
 solution moves along g = dQ/dmu, and the paper estimates g by self-contrast: it is parallel to what
 the principle prompt changes, d = z_p - z_0.                                              [paper]
 
-    ratio form      z* = z_p + ratio (z_p - z_0)                                          [code]
-    closed form     z* = z_0 + epsilon sign(g) |g|^(q-1) / ||g||_q^(q-1),  1/norm + 1/q = 1   [recon]
-    candidates      the top-p set of softmax(z_p); all other tokens are out               [code]
+    ratio form    z* = z_p + ratio (z_p - z_0)                                           [code]
+    closed form   z* = z_0 + epsilon sign(g) |g|^(q-1) / ||g||_q^(q-1), 1/norm + 1/q = 1   [recon]
+    candidates    the top-p set of softmax(z_p); all other tokens are out                [code]
 
     here        paper / authors' code
     ratio       epsilon over the norm of g, plus the principle prompt itself (`ratio`)
@@ -40,6 +40,9 @@ from trueline.types import Message
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+ROUNDING = 1e-4
+"""The closed form has full length however small d is; below this d says nothing."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,16 @@ class LinearAlignment:
         return z if self.top_p == 1 else restrict(z, nucleus(z_p, self.top_p))
 
 
-def dual_direction(
-    d: Float[Tensor, "batch vocab"], norm: float
-) -> Float[Tensor, "batch vocab"]:
+def dual_direction(d: Float[Tensor, "batch vocab"], norm: float) -> Float[Tensor, "batch vocab"]:
     """Return the step of unit `norm` that increases <d, step> most, for d with its mean removed.
 
-    `norm` 2 is d / ||d||, `inf` is sign(d). A zero d gives a zero step.
+    `norm` 2 is d / ||d||, `inf` is sign(d). Where d is nothing but rounding, the step is zero.
     """
     g = d - d.mean(-1, keepdim=True)
+    top = g.abs().amax(-1, keepdim=True)
+    g = (g / top).masked_fill(top < ROUNDING, 0)
     if math.isinf(norm):
         return g.sign()
-    # sign(g) |g|^(q-1) / ||g||_q^(q-1),  q - 1 = 1 / (norm - 1);  scaled by max |g| against overflow
-    size = g.abs()
-    top = size.amax(-1, keepdim=True).clamp(min=1e-30)
-    step = (size / top) ** (1 / (norm - 1))
-    return g.sign() * step / step.norm(p=norm, dim=-1, keepdim=True).clamp(min=1e-30)
+    # sign(g) |g|^(q-1) / ||g||_q^(q-1) with q - 1 = 1 / (norm - 1), up to scale; then to unit norm
+    step = g.sign() * g.abs() ** (1 / (norm - 1))
+    return step / step.norm(p=norm, dim=-1, keepdim=True).clamp(min=1e-30)

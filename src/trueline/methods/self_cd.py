@@ -11,8 +11,8 @@ the logits is measured and taken away again, `alpha` times.
     z_p, z_0      with the safety prompt, without it
     alpha         alpha, 2.5
 
-0 is the safety-prompted model, 1 the plain one, above 1 extrapolates away from the safety prompt. It
-is Linear Alignment with ratio = -alpha and no candidates mask.
+0 is the safety-prompted model, 1 the plain one, above 1 extrapolates away from the safety prompt.
+It is Linear Alignment with ratio = -alpha and no candidates mask.
 
 Differs from the paper: nothing known. `plausibility` and `first_tokens` are options of later work
     (see `ada_cd`), off by default.
@@ -59,7 +59,7 @@ class SelfCD:
     safety_prompt: str = SAFETY_PROMPT
     """The safety-emphasising system text of the first branch."""
     plausibility: float | None = None
-    """Keep only tokens at least this likely, relative to the likeliest, in the plain branch; (0, 1]."""
+    """Keep tokens at least this likely, relative to the likeliest, in the plain branch; (0, 1]."""
     first_tokens: int | None = None
     """Contrast only the first so many tokens, then go on with the safety prompt alone."""
 

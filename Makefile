@@ -1,0 +1,34 @@
+# `make demo` and `make test` are all a newcomer needs; each sets itself up first.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS := adapters,plots,device-map,dev
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format install clean
+
+demo: $(READY)  ## measure both methods on the bundled model; tables and a picture in demo/
+	$(BIN)/trueline demo --output demo
+
+test: $(READY)  ## the whole suite
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, format and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(READY)  ## the environment alone
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $(READY)
+
+clean:  ## remove the environment and what the demo wrote
+	rm -rf $(VENV) demo
