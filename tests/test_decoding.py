@@ -16,6 +16,7 @@ from trueline import (
     Decoder,
     LanguageModel,
     LinearAlignment,
+    ModelError,
     Plain,
     Request,
     SamplingParams,
@@ -247,6 +248,28 @@ class TestSharedPrefixes:
         # the answer differs from what was decoded, so that it and the new question are computed
         new = len("Well.") + len("Why?") + 4
         assert shapes[0] == (2, new)
+
+
+    def test_a_longer_turn_replaces_the_shorter_one(self, llama):
+        decoder = Decoder(llama, keep_turns=True)
+        chat = [{"role": "user", "content": "Hello there, how are you today?"}]
+        for _ in range(3):
+            answer = decoder.collect([decoder.encode(chat, LinearAlignment(PRINCIPLE), SHORT)])[0]
+            chat += [
+                {"role": "assistant", "content": answer.text.strip("\ufffd") or "Well."},
+                {"role": "user", "content": "Why?"},
+            ]
+        assert len(decoder.store.entries) <= 6
+
+
+def test_logits_that_are_not_finite_are_an_error(llama):
+    import copy
+
+    broken = LanguageModel(copy.deepcopy(llama.model), llama.tokenizer, "broken")
+    torch.nn.init.constant_(broken.model.lm_head.weight, float("nan"))
+    for params in (SHORT, SamplingParams(temperature=1.0)):
+        with pytest.raises(ModelError, match="not finite"):
+            generate(broken, "Hi", sampling=params)
 
 
 class TestStreaming:

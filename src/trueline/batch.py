@@ -44,7 +44,7 @@ class Batch:
 
     def select(self, rows: list[int]) -> None:
         """Keep the given rows, which may repeat."""
-        index = torch.tensor(rows, device=self.mask.device)
+        index = torch.tensor(rows)  # on the CPU: layers may lie on different devices
         self.cache.batch_select_indices(index)
         self.mask, self.positions = self.mask[index], self.positions[index]
         self.adapters = [self.adapters[row] for row in rows]

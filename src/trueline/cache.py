@@ -66,12 +66,12 @@ class PrefixStore:
     size: int = 64
     entries: dict[tuple[bool, tuple[int, ...]], KeysValues] = field(default_factory=dict)
 
-    def __contains__(self, key: tuple[bool, tuple[int, ...]]) -> bool:
-        return key in self.entries
-
     def put(self, adapter: bool, ids: Sequence[int], cache: DynamicCache, row: int) -> None:
-        """Keep the last len(ids) positions of one row of `cache`."""
+        """Keep the last len(ids) positions of one row of `cache`; entries it extends are dropped."""
         n = len(ids)
+        for on, known in list(self.entries):
+            if on == adapter and shared_length(known, ids) == len(known):
+                del self.entries[on, known]
         self.entries[adapter, tuple(ids)] = [
             (keys[row, :, -n:].clone(), values[row, :, -n:].clone()) for keys, values, *_ in cache
         ]

@@ -225,6 +225,11 @@ class Decoder:
         if not params.greedy:
             draws = torch.stack([s.draws[len(s.token_ids)] for s in sequences])
         tokens = sample(combined, params, draws)
+        if not combined.gather(-1, tokens[:, None]).isfinite().all():
+            raise ModelError(
+                f'Model "{self.model.name}" gave logits that are not finite. Load it with '
+                "--dtype float32 or bfloat16 (`dtype=`)."
+            )
         logprobs = _logprobs(combined, z[:, 0], tokens) if params.logprobs else None
         steps = []
         for i, (s, token) in enumerate(zip(sequences, tokens.tolist(), strict=True)):
@@ -328,7 +333,8 @@ class Decoder:
     def _store_prefixes(self, prompt: Prompt) -> None:
         for branch, prefix in enumerate(prompt.prefixes):
             adapter = _adapter_on(prompt, branch)
-            if len(prefix) >= MIN_PREFIX and (adapter, prefix) not in self.store:
+            known = self.store.longest(adapter, prefix)[1]
+            if len(prefix) >= MIN_PREFIX and known < len(prefix):
                 batch = Batch(self.model, [list(prefix)], [adapter])
                 batch.prefill(None)
                 self.store.put(adapter, prefix, batch.cache, 0)
