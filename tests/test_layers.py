@@ -1,7 +1,7 @@
 """The picture of the architecture, enforced: imports go down only.
 
 cli plots demo            surfaces
-hook trace evals          record and measure
+hook trace evals          record and measure; integrations: harnesses of other people
 decoding                  the loop
 batch cache ...           the only users of transformers, tokenizers and files
 methods                   one file a paper: torch and the standard library
@@ -25,7 +25,7 @@ LAYERS = [
     {"cache"},
     {"batch"},
     {"decoding"},
-    {"hook", "trace", "evals"},
+    {"hook", "trace", "evals", "integrations"},
     {"plots"},
     {"demo"},
     {"cli"},

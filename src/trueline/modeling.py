@@ -151,6 +151,9 @@ def load_model(
     template = _read_template(chat_template)
     path = _resolve(name)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if not Path(path).is_dir() and not _hub_resolves():
+        # Asked in vain, the hub's client retries for most of a minute.
+        hub["local_files_only"] = True
     tokenizer = _from_pretrained("AutoTokenizer", name, path, hub)
     if template is not None:
         tokenizer.chat_template = template
@@ -185,6 +188,23 @@ def _resolve(name: str | Path) -> str:
     if path.exists() or looks_local:
         raise ModelError(f'No model folder at "{name}". Give a folder with config.json.')
     return str(name)
+
+
+def _hub_resolves() -> bool:
+    """Return whether the hub's host has an address; a proxy is trusted to know it."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def _from_pretrained(kind: str, name: str | Path, path: str, options: dict[str, Any]) -> Any:

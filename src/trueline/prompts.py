@@ -28,11 +28,17 @@ def encode(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
         ModelError: The tokenizer has no chat template and `model.raw` is off.
         DataError: The template refuses these messages.
     """
-    tokenizer = model.tokenizer
     if model.raw:
         text = "\n".join(message["content"] for message in messages)
-        return list(tokenizer(text, return_token_type_ids=False)["input_ids"])
-    return list(tokenizer(_render(model, messages), add_special_tokens=False)["input_ids"])
+    else:
+        text = render(model, messages)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("The prompt is not text: it has half of a surrogate pair.") from None
+    # Quiet about length: `Decoder.check_length` says it with the model's own limit.
+    options = {"add_special_tokens": model.raw, "return_token_type_ids": False, "verbose": False}
+    return list(model.tokenizer(text, **options)["input_ids"])
 
 
 def system_prefix(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
@@ -62,7 +68,8 @@ def pad_left(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _render(model: LanguageModel, messages: Sequence[Message]) -> str:
+def render(model: LanguageModel, messages: Sequence[Message]) -> str:
+    """Return the text of a chat through the template; see `encode`."""
     tokenizer = model.tokenizer
     if not tokenizer.chat_template:
         raise ModelError(
