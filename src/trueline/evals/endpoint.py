@@ -1,0 +1,221 @@
+"""Endpoint: a client of any OpenAI-compatible server, for judges.
+
+Answers are cached on disk, one JSON line each, keyed by a hash of the model, the options and the
+messages (so of rubric and text): a run that was killed asks only for what is missing. Requests run
+in threads; 429, 5xx, timeouts and broken connections are tried again with exponential backoff.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trueline.errors import ConfigError, DataError, ModelError, check_number
+from trueline.types import Message
+
+LONGEST_WAIT = 60.0
+"""Seconds between two tries at most, whatever the server asks for."""
+
+
+@dataclass
+class Usage:
+    """What was asked and what it cost."""
+
+    calls: int = 0
+    """Requests that were answered by the server."""
+    cached: int = 0
+    """Requests that were answered from the cache."""
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    uncounted: int = 0
+    """Answers that came without token counts: the cost leaves them out."""
+    cost: float | None = None
+    """In the unit of the prices; None without prices."""
+
+
+class _TryAgainError(Exception):
+    """A failure that may pass; `wait` is what the server asked for."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+@dataclass
+class Endpoint:
+    """POST {base_url}/chat/completions, cached, retried, concurrent, counted.
+
+    >>> endpoint = Endpoint("https://api.openai.com/v1", "gpt-4o-mini", cache="judge.jsonl")
+    >>> endpoint.ask([[{"role": "user", "content": "Hello!"}]])
+    """
+
+    base_url: str
+    """Up to and with /v1."""
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; unset sends none, as local servers want it."""
+    cache: str | Path | None = None
+    """JSONL file of answers; read at the start, appended to."""
+    concurrency: int = 8
+    """Requests under way at once."""
+    retries: int = 5
+    """How often one request is tried again."""
+    backoff: float = 1.0
+    """Seconds before the first retry; doubled each time, up to a minute."""
+    timeout: float = 60.0
+    """Seconds for one try."""
+    options: Mapping[str, Any] = field(
+        default_factory=lambda: {"temperature": 0, "max_tokens": 128}
+    )
+    """Further fields of the request body, e.g. `max_completion_tokens` for reasoning models."""
+    prompt_price: float | None = None
+    """Price of a million prompt tokens."""
+    completion_price: float | None = None
+    """Price of a million completion tokens."""
+    usage: Usage = field(default_factory=Usage, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f'`base_url` must start with http:// or https://, got "{self.base_url}".'
+            )
+        check_number("concurrency", self.concurrency, low=1, whole=True)
+        check_number("retries", self.retries, low=0, whole=True)
+        check_number("backoff", self.backoff, low=0)
+        check_number("timeout", self.timeout, low=0, low_open=True)
+        for name in ("prompt_price", "completion_price"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=0)
+        self._lock = threading.Lock()
+        self._answers = read_cache(Path(self.cache)) if self.cache is not None else {}
+
+    def ask(self, chats: Sequence[Sequence[Message]]) -> list[str]:
+        """Return the answer to each chat, in order; equal chats are asked once.
+
+        Raises:
+            ModelError: The server refuses a request, or fails more often than `retries`. Answers
+                that came before are in the cache.
+        """
+        keys = [self._key(chat) for chat in chats]
+        missing = {k: c for k, c in zip(keys, chats, strict=True) if k not in self._answers}
+        self.usage.cached += sum(key not in missing for key in keys)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(self._answer, key, chat) for key, chat in missing.items()]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [self._answers[key] for key in keys]
+
+    def _key(self, chat: Sequence[Message]) -> str:
+        content = [self.model, dict(self.options), [dict(m) for m in chat]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _answer(self, key: str, chat: Sequence[Message]) -> None:
+        body = {"model": self.model, "messages": list(chat), **self.options}
+        for attempt in range(self.retries + 1):
+            try:
+                reply = self._post(body)
+                text = _content(reply)
+                break
+            except _TryAgainError as error:
+                if attempt == self.retries:
+                    raise ModelError(
+                        f"The judge at {self.base_url} failed {attempt + 1} times: {error}. "
+                        "Run again later; with a cache only what is missing is asked."
+                    ) from None
+                with self._lock:
+                    self.usage.retries += 1
+                time.sleep(min(max(self.backoff * 2**attempt, error.wait), LONGEST_WAIT))
+        self._keep(key, text, reply.get("usage"))
+
+    def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "User-Agent": "trueline"}
+        if key := os.environ.get(self.key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        url = self.base_url.rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                detail = " ".join(error.read().decode("utf-8", "replace").split())[:300]
+                reason = f"{error.code} {error.reason}: {detail}"
+                if error.code in (408, 409, 429) or error.code >= 500:
+                    raise _TryAgainError(
+                        reason, _seconds(error.headers.get("Retry-After"))
+                    ) from None
+            hint = f" Set {self.key_variable}." if error.code in (401, 403) else ""
+            raise ModelError(f"The judge at {self.base_url} answered {reason}.{hint}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _TryAgainError(f"{type(error).__name__}: {error}") from None
+
+    def _keep(self, key: str, text: str, usage: Any) -> None:
+        counts = usage if isinstance(usage, Mapping) else {}
+        tokens = [int(counts.get(k) or 0) for k in ("prompt_tokens", "completion_tokens")]
+        row: dict[str, Any] = {"key": key, "model": self.model, "answer": text}
+        row |= {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+        with self._lock:
+            self._answers[key] = text
+            used = self.usage
+            used.calls += 1
+            used.uncounted += not counts
+            used.prompt_tokens += tokens[0]
+            used.completion_tokens += tokens[1]
+            if self.prompt_price is not None or self.completion_price is not None:
+                prices = (self.prompt_price or 0.0, self.completion_price or 0.0)
+                cost = used.prompt_tokens * prices[0] + used.completion_tokens * prices[1]
+                used.cost = cost / 1e6
+            if self.cache is not None:
+                with open(self.cache, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def read_cache(path: Path) -> dict[str, str]:
+    """Return key -> answer; a last line that a killed run left unfinished is cut off the file."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    answers = {}
+    for line, raw in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(raw)
+            answers[row["key"]] = row["answer"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}:{line}: not a line of a judge's cache. Delete it.") from None
+    return answers
+
+
+def _content(reply: Any) -> str:
+    """Return the text of a reply; an empty one where the server filtered it."""
+    try:
+        return str(reply["choices"][0]["message"]["content"] or "")
+    except (KeyError, IndexError, TypeError):
+        raise _TryAgainError(f"not a chat completion: {json.dumps(reply)[:200]}") from None
+
+
+def _seconds(header: str | None) -> float:
+    try:
+        return max(0.0, float(header or 0))
+    except ValueError:
+        return 0.0

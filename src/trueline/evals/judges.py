@@ -1,0 +1,286 @@
+"""Judges: who says whether a response refused, followed a principle, or beat another.
+
+    keywords   the rule of `refusal`, free and immediate
+    model      any OpenAI-compatible endpoint with a published rubric
+    local      any Hugging Face chat model: the likeliest label, by log-probability, nothing parsed
+
+All of them return `Verdict`s for refusal; `agreement` measures them against human labels. A model
+as judge has tastes of its own (position, length, itself): Zheng et al., NeurIPS 2023, arXiv
+2306.05685.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trueline.errors import DataError
+from trueline.evals.datasets import read_rows
+from trueline.evals.endpoint import Endpoint
+from trueline.evals.refusal import LABELS, Label, Verdict, classify
+from trueline.evals.rubrics import ADHERENCE, CRITERION, PAIRWISE, REFUSAL, Rubric, read_answer
+from trueline.evals.statistics import Estimate, cohen_kappa, confusion, rate
+from trueline.types import Message
+
+if TYPE_CHECKING:
+    from trueline.modeling import LanguageModel
+
+HUMAN_LABELS: dict[str, Label] = {
+    "fullcompliance": "complied",
+    "compliance": "complied",
+    "complied": "complied",
+    "comply": "complied",
+    "answered": "complied",
+    "fullrefusal": "full",
+    "refusal": "full",
+    "refused": "full",
+    "refuse": "full",
+    "fullyrefused": "full",
+    "full": "full",
+    "partialrefusal": "partial",
+    "partiallyrefused": "partial",
+    "partlyrefused": "partial",
+    "partial": "partial",
+}
+"""Accepted spellings, without digits, spaces and signs: "2_full_refusal" is "fullrefusal"."""
+TEXT_COLUMNS = ("completion", "response", "text", "output", "answer")
+LABEL_COLUMNS = ("label", "final_label", "human_label", "annotation")
+
+
+class RefusalJudge(Protocol):
+    """Says of each response whether it refused."""
+
+    def refusal(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        """Return a verdict for each response."""
+
+
+class PairwiseJudge(Protocol):
+    """Says which of two responses is better."""
+
+    def pairwise(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        criterion: str = CRITERION,
+    ) -> list[str | None]:
+        """Return "A", "B", "tie" or None for each pair; "A" is the first."""
+
+
+class KeywordJudge:
+    """The rule of `trueline.evals.refusal`; it reads the responses alone."""
+
+    def refusal(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        """Return a verdict for each response."""
+        _check_equal(prompts, responses)
+        return [classify(response) for response in responses]
+
+
+@dataclass
+class ModelJudge:
+    """A model behind an endpoint.
+
+    >>> judge = ModelJudge(Endpoint("http://127.0.0.1:8000/v1", "qwen3", cache="judge.jsonl"))
+    >>> judge.refusal(prompts, responses), judge.endpoint.usage
+    """
+
+    endpoint: Endpoint
+
+    def refusal(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        """Return a verdict for each response; unknown where the answer names no label."""
+        _check_equal(prompts, responses)
+        fields = [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
+        return [
+            Verdict(cast(Label, label), f"judge {self.endpoint.model}")
+            if label is not None
+            else Verdict("unknown", f"unreadable answer: {answer[:80]!r}")
+            for answer, label in self._ask(REFUSAL, fields)
+        ]
+
+    def adherence(
+        self, principle: str, prompts: Sequence[str], responses: Sequence[str]
+    ) -> NDArray[np.float64]:
+        """Return how well each response follows the principle, in [0, 1]; nan if unreadable."""
+        _check_equal(prompts, responses)
+        fields = [
+            {"principle": principle, "prompt": p, "response": r}
+            for p, r in zip(prompts, responses, strict=True)
+        ]
+        found = [label for _, label in self._ask(ADHERENCE, fields)]
+        return np.array([np.nan if label is None else int(label) / 10 for label in found])
+
+    def pairwise(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        criterion: str = CRITERION,
+    ) -> list[str | None]:
+        """Return "A", "B", "tie" or None (unreadable) for each pair, in this order only."""
+        return [
+            label for _, label in self._ask(PAIRWISE, _pairs(prompts, first, second, criterion))
+        ]
+
+    def _ask(
+        self, rubric: Rubric, fields: Sequence[dict[str, str]]
+    ) -> list[tuple[str, str | None]]:
+        answers = self.endpoint.ask([rubric.chat(**f) for f in fields])
+        return [(answer, read_answer(answer, rubric.labels)) for answer in answers]
+
+
+@dataclass
+class LocalJudge:
+    """A local chat model, which answers by the probabilities it gives to the labels.
+
+    >>> LocalJudge(load_model("Qwen/Qwen3-0.6B")).refusal(prompts, responses)
+    """
+
+    model: LanguageModel
+    batch_size: int = 16
+
+    def probabilities(
+        self, rubric: Rubric, fields: Sequence[dict[str, str]]
+    ) -> NDArray[np.float64]:
+        """Return P(label) for each text, shape (text, label); rows sum to 1.
+
+        Raises:
+            DataError: A rubric with its text does not fit the model.
+        """
+        from trueline.evals.likelihood import label_logprobs
+
+        chats: list[list[Message]] = [rubric.chat(**f) for f in fields]
+        found = label_logprobs(self.model, chats, rubric.labels, batch_size=self.batch_size)
+        return np.exp(found)
+
+    def refusal(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        """Return the likeliest verdict for each response, its probability in the reason."""
+        _check_equal(prompts, responses)
+        fields = [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
+        found = self.probabilities(REFUSAL, fields)
+        labels = cast("tuple[Label, ...]", REFUSAL.labels)
+        return [
+            Verdict(labels[row.argmax()], f"judge {self.model.name}, p = {row.max():.3f}")
+            for row in found
+        ]
+
+    def adherence(
+        self, principle: str, prompts: Sequence[str], responses: Sequence[str]
+    ) -> NDArray[np.float64]:
+        """Return the expected rating of each response, in [0, 1]."""
+        _check_equal(prompts, responses)
+        fields = [
+            {"principle": principle, "prompt": p, "response": r}
+            for p, r in zip(prompts, responses, strict=True)
+        ]
+        # E[rating] = sum_k p_k k / 10
+        return self.probabilities(ADHERENCE, fields) @ (np.arange(11) / 10)
+
+    def pairwise(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        criterion: str = CRITERION,
+    ) -> list[str | None]:
+        """Return the likeliest of "A", "B" and "tie" for each pair, in this order only."""
+        found = self.probabilities(PAIRWISE, _pairs(prompts, first, second, criterion))
+        return [PAIRWISE.labels[row.argmax()] for row in found]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a judge and people agree; refused means full or partial."""
+
+    accuracy: Estimate
+    """Share of texts on which refused or not is right; unknown verdicts count as wrong."""
+    kappa: float
+    """Cohen's kappa of refused or not, unknown as a value of its own."""
+    three_way: Estimate
+    """The same share for complied, partial and full."""
+    n: int
+    unknown: int
+    confusion: list[list[int]]
+    """Rows: people say complied, partial, full. Columns: the judge, unknown last."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers for JSON."""
+        return asdict(self)
+
+
+def agreement(verdicts: Sequence[Verdict], labels: Sequence[Label]) -> Agreement:
+    """Return the agreement of verdicts with human labels (complied, partial or full)."""
+    _check_equal(labels, verdicts)
+    said = [v.label for v in verdicts]
+    binary = {"complied": "complied", "partial": "refused", "full": "refused", "unknown": "unknown"}
+    coarse, truth = [binary[label] for label in said], [binary[label] for label in labels]
+    return Agreement(
+        accuracy=rate([a == b for a, b in zip(coarse, truth, strict=True)]),
+        kappa=cohen_kappa(coarse, truth),
+        three_way=rate([a == b for a, b in zip(said, labels, strict=True)]),
+        n=len(labels),
+        unknown=said.count("unknown"),
+        confusion=confusion(said, labels, LABELS[:3], LABELS),
+    )
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A response that a person judged."""
+
+    text: str
+    label: Label
+    prompt: str = ""
+
+
+def read_labels(path: str | Path) -> list[LabelledText]:
+    """Return the rows of a file of human labels, JSONL or CSV.
+
+    A row has the text as `completion`, `response`, `text`, `output` or `answer`, and the label as
+    `label`, `final_label`, `human_label` or `annotation`; `prompt` is optional. Spellings such as
+    "2_full_refusal", "partly refused" and "complied" are known.
+
+    Raises:
+        DataError: A row lacks one of them or has an unknown label, with path:line.
+    """
+    rows = []
+    for place, row in read_rows(path):
+        text_column = next((c for c in TEXT_COLUMNS if isinstance(row.get(c), str)), None)
+        label_column = next((c for c in LABEL_COLUMNS if row.get(c) not in (None, "")), None)
+        if text_column is None:
+            raise DataError(
+                f'{place}: missing field "completion" (or {", ".join(TEXT_COLUMNS[1:])}).'
+            )
+        if label_column is None:
+            raise DataError(f'{place}: missing field "label" (or {", ".join(LABEL_COLUMNS[1:])}).')
+        label = HUMAN_LABELS.get(re.sub(r"[^a-z]", "", str(row[label_column]).lower()))
+        if label is None:
+            raise DataError(
+                f'{place}: unknown label "{row[label_column]}". Give complied, partial or full '
+                "(1_full_compliance, 3_partial_refusal, 2_full_refusal)."
+            )
+        rows.append(LabelledText(row[text_column], label, str(row.get("prompt") or "")))
+    if not rows:
+        raise DataError(f"{path}: there is no row in it.")
+    return rows
+
+
+def _pairs(
+    prompts: Sequence[str], first: Sequence[str], second: Sequence[str], criterion: str
+) -> list[dict[str, str]]:
+    _check_equal(prompts, first)
+    _check_equal(prompts, second)
+    return [
+        {"criterion": criterion, "prompt": p, "first": a, "second": b}
+        for p, a, b in zip(prompts, first, second, strict=True)
+    ]
+
+
+def _check_equal(prompts: Sequence[Any], responses: Sequence[Any]) -> None:
+    if len(prompts) != len(responses):
+        raise DataError(f"Got {len(responses)} responses for {len(prompts)} prompts.")
