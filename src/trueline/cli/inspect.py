@@ -1,0 +1,126 @@
+"""`trueline inspect`: what a method changed at every token, as a page, a figure and numbers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trueline.cli.options import (
+    add_method_options,
+    add_model_options,
+    add_sampling_options,
+    load,
+    method_from,
+    sampling_from,
+)
+from trueline.data import SEEDS
+from trueline.errors import ConfigError, check_number
+from trueline.types import Message, Method, SamplingParams
+
+if TYPE_CHECKING:
+    from trueline.trace import Comparison
+
+EXAMPLES = """examples:
+  trueline inspect "What is the moon?" --principle "Talk like a pirate." --ratio 2
+  trueline inspect "How do I kill a Python process?" --method self-cd --output out/kill
+
+Writes index.html (open it in a browser), trace.png and trace.jsonl (a token a line).
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add = parser.add_argument
+    add("question", metavar="QUESTION", help="what to ask")
+    add("--system", metavar="TEXT", help="your own system message")
+    add("--output", default="inspect", metavar="DIR", help="folder for the files (inspect)")
+    add("--top", type=int, default=5, metavar="N", help="alternatives shown at every token (5)")
+    add_model_options(parser)
+    add_method_options(parser)
+    add_sampling_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Decode the question with a trace and write the files."""
+    from trueline.plots import draw_trace, need_matplotlib, render_page
+
+    method, sampling = method_from(args), sampling_from(args)
+    check_number("top", args.top, low=1, whole=True)
+    if args.seed not in SEEDS:
+        raise ConfigError(f"`seed` must be a whole number below 2^63, got {args.seed}.")
+    if sampling.n != 1:
+        raise ConfigError(f"inspect shows one answer, got `--n` {sampling.n}. Leave it out.")
+    need_matplotlib()
+    folder = output_folder(args.output)
+    messages: list[Message] = [{"role": "user", "content": args.question}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+
+    from tqdm import tqdm
+
+    from trueline.decoding import Decoder
+    from trueline.trace import record, write_jsonl
+
+    decoder = Decoder(load(args), share_prefixes=False)
+    with tqdm(total=sampling.max_new_tokens, unit="token", disable=None, leave=False) as bar:
+        recording = record(
+            decoder,
+            messages,
+            method,
+            sampling,
+            seed=args.seed,
+            top=args.top,
+            on_token=lambda _: bar.update(),
+        )
+    page, figure, rows = (folder / name for name in ("index.html", "trace.png", "trace.jsonl"))
+    write_jsonl(rows, recording.tokens)
+    settings = describe(args, decoder.model.name, method, sampling)
+    page.write_text(render_page(recording, args.question, settings), encoding="utf-8")
+    labels = [branch_label(c) for c in recording.comparisons if c.branch is not None]
+    draw_trace(recording.tokens, args.question, labels).savefig(figure)
+    flips = sum(token.flipped for token in recording.tokens)
+    print(recording.text)
+    print(f"\n{flips} of {len(recording.tokens)} tokens flipped by {method.name}\n")
+    for path in (page, figure, rows):
+        print(path)
+
+
+def output_folder(name: str) -> Path:
+    """Return the folder, made if need be; raise `ConfigError` if that cannot be."""
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write-test").touch()
+        (folder / ".write-test").unlink()
+    except OSError as error:
+        raise ConfigError(f'Cannot write into "{name}": {error}.') from None
+    return folder
+
+
+def describe(
+    args: argparse.Namespace, model: str, method: Method, sampling: SamplingParams
+) -> list[tuple[str, object]]:
+    """Return the settings that matter as pairs of name and value."""
+    from trueline import __version__
+
+    settings: list[tuple[str, object]] = [("model", model), ("method", method.name)]
+    for field in dataclasses.fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
+        if value is not None:
+            settings.append((field.name, value))
+    plain = SamplingParams()
+    for field in dataclasses.fields(sampling):
+        value = getattr(sampling, field.name)
+        if field.name != "logprobs" and value != getattr(plain, field.name):
+            settings.append((field.name, value))
+    settings.append(("decoding", "greedy" if sampling.greedy else f"sampled, seed {args.seed}"))
+    return [*settings, ("trueline", __version__)]
+
+
+def branch_label(prompt: Comparison) -> str:
+    """Return a branch's name for the figure."""
+    system = prompt.system or "no system text"
+    system = system if len(system) <= 32 else system[:31] + "…"
+    return f"branch {prompt.branch}: {system}{'' if prompt.adapter else ', adapter off'}"

@@ -1,0 +1,121 @@
+"""`trueline inspect` and `trueline demo`: files, printed paths and errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from trueline import LinearAlignment, SamplingParams, generate, load_model, plots
+from trueline.cli import main
+from trueline.trace import read_jsonl
+
+QUESTION = "What is the capital of France?"
+PIRATE = "Talk like a pirate."
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The bundled model."""
+    return load_model("tiny")
+
+
+@pytest.fixture(autouse=True)
+def one_load(tiny, monkeypatch):
+    """Every command works on the one model that the tests hold, on one thread."""
+    monkeypatch.setattr("trueline.modeling.load_model", lambda *args, **options: tiny)
+    yield
+    assert torch.get_num_threads() == 1
+
+
+def inspect(folder, *argv: str) -> int:
+    return main(["inspect", QUESTION, "--output", str(folder), *argv])
+
+
+def test_inspect_writes_page_figure_and_trace(tmp_path, capsys, tiny):
+    assert inspect(tmp_path / "new" / "out", "--principle", PIRATE, "--max-new-tokens", "20") == 0
+    folder = tmp_path / "new" / "out"
+    sampling = SamplingParams(max_new_tokens=20)
+    wanted = generate(tiny, QUESTION, LinearAlignment(principle=PIRATE), sampling)[0]
+    tokens = read_jsonl(folder / "trace.jsonl")
+    assert [t.token_id for t in tokens] == wanted.token_ids
+    assert (folder / "trace.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    for text in (QUESTION, PIRATE, "linear-alignment", "max_new_tokens"):
+        assert text in page
+    printed = capsys.readouterr().out
+    assert wanted.text in printed
+    for name in ("index.html", "trace.png", "trace.jsonl"):
+        assert str(folder / name) in printed
+    assert sorted(p.name for p in folder.iterdir()) == ["index.html", "trace.jsonl", "trace.png"]
+
+
+def test_inspect_takes_a_system_message_and_top(tmp_path):
+    assert inspect(tmp_path, "--method", "self-cd", "--system", "Be kind.", "--top", "2") == 0
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "Be kind.\n\nYou are a helpful" in page
+    assert {len(t.branches[0].alternatives) for t in read_jsonl(tmp_path / "trace.jsonl")} == {2}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--n", "2"], "`--n` 2"),
+        (["--top", "0"], "`top`"),
+        (["--seed", str(2**63)], "`seed`"),
+        (["--system", ""], "system message is empty"),
+        (["--method", "self"], 'Unknown method "self"'),
+    ],
+)
+def test_inspect_names_what_is_wrong(tmp_path, capsys, argv, message):
+    assert inspect(tmp_path, *argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    assert inspect(tmp_path / "taken") == 2
+    assert "Cannot write into" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["inspect", QUESTION], ["demo"]])
+def test_missing_matplotlib_stops_before_any_work(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr("trueline.modeling.load_model", pytest.fail)
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "pip install 'trueline[plots]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_writes_report_results_and_figure(tmp_path, capsys):
+    assert main(["demo", "--limit", "3", "--seed", "4", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in results["adherence"]][:2] == ["no principle", "principle prompt"]
+    assert len(results["pairs"]) == len(results["unsafe"]) == 3
+    assert {len(row["answers"]) for row in results["adherence"]} == {3}
+    assert results["settings"]["seed"] == 4
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "trueline demo --limit 3 --seed 4" in report
+    for name in (
+        "AdaCD",
+        "Self-CD, alpha 2.5",
+        "no principle",
+        "Linear Alignment, ratio 5, no mask",
+    ):
+        assert name in report
+        assert name in printed
+    tables = [line for line in report.splitlines() if line.startswith("|")]
+    for head, rule in itertools.pairwise(tables):
+        if rule.startswith("|---"):
+            assert head.count("|") == rule.count("|")
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("report.md", "demo.png", "results.json"):
+        assert str(tmp_path / name) in printed
+
+
+def test_demo_refuses_a_limit_below_one(tmp_path, capsys):
+    assert main(["demo", "--limit", "0", "--output", str(tmp_path)]) == 2
+    assert "`limit`" in capsys.readouterr().err

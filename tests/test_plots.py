@@ -1,0 +1,172 @@
+"""The page escapes, needs nothing from outside and says what the numbers say; the figures draw."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from trueline import ConfigError, plots
+from trueline.demo import Adherence, Refusal
+from trueline.evals.statistics import rate
+from trueline.trace import Alternative, BranchTrace, Comparison, Recording, TokenTrace
+
+EVIL = "<script>alert('x')</script>\"& $x$ {{ 7 * 7 }}"
+CHOICES = (Alternative(1, EVIL, 0.75), Alternative(2, " b", 0.0001))
+
+
+def token(position: int, text: str = " a", kl: float = 0.3, flipped: bool = False) -> TokenTrace:
+    branches = tuple(BranchTrace(k, -0.5, kl + k, 0.2, CHOICES) for k in range(2))
+    return TokenTrace(0, 0, position, 1, text, text, -0.1, 0.4, flipped, CHOICES, branches)
+
+
+def recording(*tokens: TokenTrace) -> Recording:
+    comparisons = [
+        Comparison(0, EVIL, True, "one", "stop"),
+        Comparison(1, None, False, "two", "length"),
+    ]
+    return Recording(list(tokens), "".join(t.text for t in tokens), "stop", comparisons)
+
+
+class Elements(HTMLParser):
+    """What a browser would see: elements with attributes, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_nothing_that_a_model_or_user_writes_becomes_markup():
+    page = plots.render_page(recording(token(0, EVIL)), EVIL, [(EVIL, EVIL)])
+    seen = Elements(page)
+    tags = {tag for tag, _ in seen.elements}
+    assert "script" not in tags
+    assert not [a for _, attrs in seen.elements for a in attrs if a.startswith("on")]
+    assert EVIL in seen.text
+    assert "49" not in seen.text
+    assert html.escape("<script>", quote=False) in page
+
+
+def test_the_page_needs_nothing_from_outside():
+    page = plots.render_page(recording(token(0)), "Why?", [])
+    assert not re.search(r"https?:|url\(|@import|src=|href=", page)
+    assert "default-src 'none'" in page
+
+
+def test_every_token_can_be_focused_and_names_its_details():
+    page = plots.render_page(recording(*(token(i) for i in range(3))), "Why?", [])
+    spans = [a for _, a in Elements(page).elements if "aria-describedby" in a]
+    assert [a["tabindex"] for a in spans] == ["0"] * 3
+    ids = [a["id"] for _, a in Elements(page).elements if a.get("role") == "tooltip"]
+    assert [a["aria-describedby"] for a in spans] == ids
+
+
+def test_flipped_tokens_are_marked_and_coloured_by_kl():
+    page = plots.render_page(recording(token(0, kl=10, flipped=True), token(1, kl=0)), "Why?", [])
+    first, second = (a for _, a in Elements(page).elements if "aria-describedby" in a)
+    assert first["class"].split() == ["t", "flip"]
+    assert second["class"].split() == ["t"]
+    assert first["style"] == "--c0:1.0;--c1:1.0;"
+    assert second["style"] == f"--c0:0.0;--c1:{plots.heat(1):.3f};"
+    assert "1 of 2 tokens are flipped, the mean KL is 5.00 nats" in page
+
+
+def test_the_answer_reads_as_it_was_written():
+    parts = ["Hello", " wor", "ld,\n\n", "  two"]
+    page = plots.render_page(recording(*(token(i, t) for i, t in enumerate(parts))), "Why?", [])
+    spans = re.findall(r'<span class="t"[^>]*>(.*?)</span>', page, re.DOTALL)
+    assert spans == ["Hello", " wor", "ld,⏎\n⏎\n", "  two"]
+    flow = re.sub(r'<div class="d".*?</div></div></div>', "", page, flags=re.DOTALL)
+    assert "</span><span" in flow
+
+
+def test_a_branch_that_no_longer_runs_is_left_out():
+    last = replace(token(1), branches=token(1).branches[1:])
+    page = plots.render_page(recording(token(0), last), "Why?", [])
+    assert 'style="--c0:0;--c1:' in page
+    details = page.split('role="tooltip"')[2]
+    assert "Branch 1: no system text, adapter off" in details
+    assert "Branch 0:" not in details.split("Each prompt alone")[0]
+
+
+def test_infinite_and_tiny_numbers_are_readable():
+    infinite = replace(token(0), branches=(BranchTrace(0, -float("inf"), float("inf"), 1, ()),) * 2)
+    page = plots.render_page(recording(token(0), infinite), "Why?", [])
+    assert "KL ∞ nats" in page
+    assert "&lt; 0.1 %" in page
+    assert plots.percent(0) == "0.0 %"
+
+
+def test_the_scale_is_monotone_and_ends_at_its_last_tick():
+    places = [plots.heat(kl) for kl in plots.TICKS]
+    assert places == sorted(places)
+    assert (places[0], places[-1]) == (0, 1)
+    assert plots.heat(float("inf")) == 1
+
+
+def test_trace_figure_wraps_rows_and_draws_any_text():
+    signs = [r"$\frac{$", "_", "漢字", "\n", " ", "a" * 40, "$", "%"]
+    tokens = [token(i, signs[i % len(signs)], kl=0.1 * i, flipped=i == 2) for i in range(60)]
+    tokens[5] = replace(tokens[5], branches=tokens[5].branches[1:])
+    tokens[6] = replace(tokens[6], branches=(BranchTrace(0, -9.0, float("inf"), 1, ()),))
+    figure = plots.draw_trace(tokens, "Why\n$\\frac{$ 漢?", ["branch 0: $\\frac{$", "branch 1: 漢"])
+    figure.savefig(io.BytesIO())
+    kl, shares = figure.axes[0::2], figure.axes[1::2]
+    assert [len(axes.patches) for axes in kl] == [16, 16, 16, 12]
+    assert [patch.get_height() for patch in kl[0].patches[:4]] == pytest.approx([0, 0.1, 0.2, 0.3])
+    labels = [label.get_text() for label in shares[0].get_xticklabels()]
+    assert labels[:6] == [r"$\frac{$", "_", "□□", "⏎", "␣", "aaaaaaaaa…"]
+    assert [label.get_weight() for label in shares[0].get_xticklabels()[1:4]].count("bold") == 1
+
+
+def ways() -> tuple[list[Adherence], list[Refusal]]:
+    half, most = rate([True, False] * 5), rate([True] * 9 + [False])
+
+    def adherence(name, ratio, top_p):
+        return Adherence(name, ratio, top_p, most, half, half, {"pirate": half}, [])
+
+    return (
+        [
+            adherence("none", None, None),
+            adherence("prompt", 0.0, None),
+            adherence("two", 2.0, 0.8),
+            adherence("bare", 2.0, 1.0),
+        ],
+        [
+            Refusal("no system prompt", None, half, most, [], []),
+            *(Refusal(f"Self-CD {a}", a, half, most, [], []) for a in (0.0, 1.0, 2.0)),
+            Refusal("AdaCD", None, half, most, [], []),
+        ],
+    )
+
+
+def test_demo_figure_draws_every_number():
+    figure = plots.draw_demo(*ways())
+    figure.savefig(io.BytesIO())
+    left, right = figure.axes
+    followed, facts, *bare = left.lines
+    assert followed.get_xydata().tolist() == [[-1, 90], [0, 90], [2, 90]]
+    assert facts.get_ydata().tolist() == [50, 50, 50]
+    assert [line.get_ydata().tolist() for line in bare] == [[90], [50]]
+    harmful, harmless, *ada = right.lines
+    assert harmful.get_xydata().tolist() == [[0, 90], [1, 90], [2, 90]]
+    assert harmless.get_ydata().tolist() == [50, 50, 50]
+    assert [line.get_ydata().tolist() for line in ada] == [[90], [50]]
+
+
+def test_missing_matplotlib_names_its_command(monkeypatch):
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'trueline\[plots\]'"):
+        plots.draw_demo(*ways())
