@@ -55,7 +55,7 @@ def base_model(tmp_path_factory) -> str:
 CASES: dict[str, tuple[tuple[str, ...], str]] = {
     # the command line itself
     "no command": ((), "COMMAND"),
-    "misspelt command": (("generat", "Hi"), "invalid choice: 'generat'"),
+    "misspelt command": (("generat", "Hi"), 'Did you mean "generate"?'),
     "misspelt option": (("generate", "Hi", "--metod", "plain"), 'Did you mean "--method"?'),
     "option of another command": (("methods", "--ratio", "2"), 'Unknown argument "--ratio"'),
     "no number": (("generate", "Hi", *LA, "--ratio", "two"), "invalid float value: 'two'"),

@@ -67,7 +67,7 @@ class PrefixStore:
     entries: dict[tuple[bool, tuple[int, ...]], KeysValues] = field(default_factory=dict)
 
     def put(self, adapter: bool, ids: Sequence[int], cache: DynamicCache, row: int) -> None:
-        """Keep the last len(ids) positions of one row of `cache`; entries it extends are dropped."""
+        """Keep the last len(ids) positions of one row of `cache`, dropping entries it extends."""
         n = len(ids)
         for on, known in list(self.entries):
             if on == adapter and shared_length(known, ids) == len(known):

@@ -1,6 +1,6 @@
 """The command line: parse, call, print. One module a command; heavy imports happen in its `run`.
 
-    trueline generate | chat | methods | inspect | demo
+    trueline generate | chat | methods | inspect | demo | eval | report
 
 Errors that Trueline raises on purpose are printed as `error: ...` with exit code 2.
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -22,6 +24,8 @@ COMMANDS = {
     "inspect": "show token by token what a method changed, as HTML, PNG and JSONL",
     "methods": "list the decoding methods, their options and papers",
     "demo": "measure principle adherence and over-refusal on the bundled model",
+    "eval": "measure refusal, preference and judges, and sweep a method's settings",
+    "report": "put runs of `trueline eval` side by side, as Markdown and HTML",
 }
 
 EXAMPLES = """examples:
@@ -53,6 +57,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
+        if wrong := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):
+            raise ConfigError(f'Unknown command "{wrong[1]}".{suggestion(wrong[1], COMMANDS)}')
         raise ConfigError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
 
 
@@ -84,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for an error, 130 for Ctrl-C."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and goes on
     try:
         args = build_parser().parse_args(argv)
+        args.argv = sys.argv[1:] if argv is None else list(argv)
         return int(args.run(args) or 0)
     except TruelineError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -97,3 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that cannot be written
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
