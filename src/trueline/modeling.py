@@ -149,6 +149,7 @@ def load_model(
     if device_map is not None and device != "auto":
         raise ConfigError("Give `device` or `device_map`, not both.")
     template = _read_template(chat_template)
+    adapter_source = None if adapter is None else _adapter_source(adapter)
     path = _resolve(name)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not Path(path).is_dir() and not _hub_resolves():
@@ -168,8 +169,8 @@ def load_model(
     model = _from_pretrained("AutoModelForCausalLM", name, path, hub | {"config": config} | options)
     if device_map is None and not quantize:
         model.to(target)
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
+    if adapter_source is not None:
+        model = _with_adapter(model, adapter_source)
     if packed_weights is not False and target.type == "cpu":
         pack_weights(model, force=packed_weights is True)
     return LanguageModel(model, tokenizer, str(name), raw)
@@ -184,10 +185,15 @@ def _resolve(name: str | Path) -> str:
         if not (path / "config.json").is_file():
             raise ModelError(f'Folder "{name}" holds no model: it has no config.json.')
         return str(path)
-    looks_local = path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
-    if path.exists() or looks_local:
+    if path.exists() or _looks_local(name):
         raise ModelError(f'No model folder at "{name}". Give a folder with config.json.')
     return str(name)
+
+
+def _looks_local(name: str | Path) -> bool:
+    """Return whether this must be meant as a folder: a hub name is OWNER/NAME or NAME."""
+    path = Path(name)
+    return path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
 
 
 def _hub_resolves() -> bool:
@@ -290,18 +296,35 @@ def _quantization(quantize: str, target: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": target}}
 
 
-def _with_adapter(model: Any, adapter: str | Path) -> Any:
+def _adapter_source(adapter: str | Path) -> str:
+    """Return the adapter's folder or hub name, before the model is loaded for nothing."""
     _need("peft", "adapters", "adapter")
-    from peft import PeftModel
-
     path = Path(adapter).expanduser()
     if path.is_dir() and not (path / "adapter_config.json").is_file():
         raise ModelError(f'Folder "{adapter}" holds no adapter: it has no adapter_config.json.')
+    if path.is_dir():
+        return str(path)
+    if _looks_local(adapter):
+        raise ModelError(f'No adapter folder at "{adapter}". Give a folder or a hub name.')
+    if not _hub_resolves():
+        from huggingface_hub import try_to_load_from_cache
+
+        if not isinstance(try_to_load_from_cache(str(adapter), "adapter_config.json"), str):
+            raise ModelError(
+                f'Cannot load adapter "{adapter}": the hub cannot be reached and its cache on this '
+                "machine has no copy. Give a folder."
+            )
+    return str(adapter)
+
+
+def _with_adapter(model: Any, source: str) -> Any:
+    from peft import PeftModel
+
     try:
-        return PeftModel.from_pretrained(model, str(path if path.is_dir() else adapter))
+        return PeftModel.from_pretrained(model, source)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f'Cannot load adapter "{adapter}": {reason}') from error
+        raise ModelError(f'Cannot load adapter "{source}": {reason}') from error
 
 
 def _need(package: str, extra: str, option: str) -> None:
