@@ -249,7 +249,6 @@ class TestSharedPrefixes:
         new = len("Well.") + len("Why?") + 4
         assert shapes[0] == (2, new)
 
-
     def test_a_longer_turn_replaces_the_shorter_one(self, llama):
         decoder = Decoder(llama, keep_turns=True)
         chat = [{"role": "user", "content": "Hello there, how are you today?"}]

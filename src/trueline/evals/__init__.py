@@ -10,6 +10,11 @@
     likelihood    teacher-forced log-probabilities, plain or under a method
     quality       length, repetition, perplexity
     datasets      prompts, pairs and questions from files and known data sets
+    items         the prompts of a run and what it takes to judge their responses
+    measures      responses, what they count as, the numbers of a point
+    sweep         grids of settings, and which of them to recommend
+    runs          one folder a run, safe against a kill
+    report        runs side by side as Markdown and HTML; figures    their plots
 
 Importing this package loads nothing; take names from its modules.
 """

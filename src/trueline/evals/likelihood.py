@@ -35,7 +35,7 @@ def response_ids(model: LanguageModel, messages: Sequence[Message], text: str) -
         whole = encode(model, [*messages, {"role": "assistant", "content": text}])
         if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
             return whole[len(prompt) :]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def check_fits(model: LanguageModel, prompt: Sequence[int], response: Sequence[int]) -> None:

@@ -1,0 +1,49 @@
+"""The README says what is true: its code runs, its files exist, every file is named."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from trueline.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = [
+    line.split("  #")[0]
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("trueline ")
+]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_blocks_run(code, capsys):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_shell_lines_run(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = '{"prompt": "What is the moon?"}\n{"prompt": "Hello!", "id": "b"}\n'
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    assert main(shlex.split(line)[1:]) == 0
+    assert capsys.readouterr().out
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_file_has_its_role():
+    table = README.split("## Where everything is")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([^`]+)`", table))
+    for folder in ("src/trueline", "src/trueline/methods", "src/trueline/cli"):
+        for path in (ROOT / folder).glob("*.py"):
+            name = str(path.relative_to(ROOT / "src/trueline"))
+            assert name in named, f"{name} has no row in the README's table"
