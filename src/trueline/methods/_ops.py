@@ -47,16 +47,18 @@ def plausible(logits: Float[Tensor, "batch vocab"], beta: float) -> Bool[Tensor,
 def nucleus(logits: Float[Tensor, "batch vocab"], top_p: float) -> Bool[Tensor, "batch vocab"]:
     """Return the top-p set of softmax(logits): a token is out when the mass before it is >= top_p.
 
-    Exact, without sorting the vocabulary: tokens below (1 - top_p) / V cannot hold more than
-    1 - top_p together, so the set lies among the others.
+    Exact, without sorting the vocabulary: first among the 256 likeliest; where they do not reach
+    top_p, among all but the tokens below (1 - top_p) / V, which cannot hold 1 - top_p together.
     """
     probs = logits.softmax(-1)
-    keep = probs > (1 - top_p) / probs.shape[-1]
-    k = int(keep.sum(-1).max())
-    top, index = probs.topk(k, dim=-1)
+    vocab = probs.shape[-1]
+    top, index = probs.topk(min(256, vocab), dim=-1)
+    if (top.sum(-1) < top_p).any():
+        count = int((probs > (1 - top_p) / vocab).sum(-1).max())
+        top, index = probs.topk(count, dim=-1)
     before = top.cumsum(-1) - top
     before[..., 0] = 0
-    return keep.zero_().scatter_(-1, index, before < top_p)
+    return (probs < 0).scatter_(-1, index, before < top_p)
 
 
 def restrict(
