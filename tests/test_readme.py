@@ -32,7 +32,8 @@ def test_shell_lines_run(line, tmp_path, monkeypatch, capsys):
     rows = '{"prompt": "What is the moon?"}\n{"prompt": "Hello!", "id": "b"}\n'
     (tmp_path / "prompts.jsonl").write_text(rows)
     assert main(shlex.split(line)[1:]) == 0
-    assert capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert shown.out or "2 rows" in shown.err
 
 
 def test_links_lead_somewhere():

@@ -1,0 +1,41 @@
+"""Every recipe runs, for two steps, and leaves a model that loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trueline import generate, load_model
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.slow
+def test_tiny(tmp_path):
+    command = [sys.executable, str(RECIPES / "tiny/run.py"), "--max-steps", "2"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "tiny")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    model = load_model(tmp_path / "tiny")
+    assert generate(model, "What is the moon?")[0].token_ids
+    report = json.loads((tmp_path / "tiny/results.json").read_text())
+    assert 0 <= report["refusals"]["safety prompt"]["unsafe"]["mean"] <= 1
+    shipped = Path(__file__).parents[1] / "src/trueline/assets/tiny"
+    assert {p.name for p in shipped.iterdir()} - {"README.md"} <= {
+        p.name for p in (tmp_path / "tiny").iterdir()
+    }
+
+
+def test_the_bundled_model_is_what_its_card_says():
+    folder = Path(__file__).parents[1] / "src/trueline/assets/tiny"
+    model = load_model("tiny")
+    assert sum(p.numel() for p in model.model.parameters()) <= 5_000_000
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 10_000_000
+    assert model.max_positions >= 1024
+    assert model.model.dtype.is_floating_point
+    assert "system" in model.tokenizer.chat_template
