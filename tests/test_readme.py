@@ -31,6 +31,8 @@ def test_shell_lines_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = '{"prompt": "What is the moon?"}\n{"prompt": "Hello!", "id": "b"}\n'
     (tmp_path / "prompts.jsonl").write_text(rows)
+    if line.startswith("trueline report"):
+        assert main(shlex.split(line.replace("report", "eval refusal --limit 2 --output"))[1:]) == 0
     assert main(shlex.split(line)[1:]) == 0
     shown = capsys.readouterr()
     assert shown.out or "2 rows" in shown.err
