@@ -220,7 +220,7 @@ class RowFile:
         except OSError as error:
             raise ConfigError(f'Cannot write "{self.path}": {error.strerror}.') from None
         try:
-            _lock(self._file, self.path)
+            lock(self._file, self.path)
             if overwrite:
                 self._file.truncate(0)
             self.done = self._check_rows(ids, batch_size)
@@ -289,7 +289,7 @@ def check_settings(path: str | Path, settings: Mapping[str, Any]) -> dict[str, A
     new = json.loads(dump(settings))
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if names:
-        changes = (f"{n} was {_show(old.get(n))}, now {_show(new.get(n))}" for n in names)
+        changes = (f"{n} was {shown(old.get(n))}, now {shown(new.get(n))}" for n in names)
         text = f'Output "{path}" belongs to another run: {"; ".join(changes)}. {way_out}'
         raise ConfigError(text)
     return kept
@@ -305,7 +305,7 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def lock(file: BinaryIO, path: Path) -> None:
     """Take the file for this process until it ends, where the system can."""
     try:
         import fcntl
@@ -317,6 +317,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
         raise ConfigError(f'Another run is writing to "{path}". Wait for it to end.') from None
 
 
-def _show(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a value as JSON, cut to 40 characters, for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:37]}..."

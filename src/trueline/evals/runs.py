@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from trueline.data import dump, file_hash, replace_file
+from trueline.data import dump, file_hash, lock, replace_file, shown
 from trueline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Rows:
         except OSError as error:
             raise ConfigError(f'Cannot write "{path}": {error.strerror}.') from None
         try:
-            _lock(self._file, path)
+            lock(self._file, path)
             self._read()
         except BaseException:
             self._file.close()
@@ -260,7 +260,7 @@ def different(old: Any, new: Any, name: str = "") -> list[tuple[str, str, str]]:
         keys = [*old, *(key for key in new if key not in old)]
         dotted = [(k, f"{name}.{k}" if name else str(k)) for k in keys]
         return [d for k, full in dotted for d in different(old.get(k), new.get(k), full)]
-    return [] if old == new else [(name, _short(old), _short(new))]
+    return [] if old == new else [(name, shown(old), shown(new))]
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
@@ -275,20 +275,3 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the results of a run: {error!r}.") from None
     return {**results, "kind": kind, "folder": str(folder)}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Take the file for this process until it ends, where the system can."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f'Another run is writing to "{path}". Wait for it to end.') from None
