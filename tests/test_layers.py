@@ -1,6 +1,7 @@
 """The picture of the architecture, enforced: imports go down only.
 
 cli plots demo            surfaces
+train                     trainers: weights that keep what decoding showed
 hook trace evals          record and measure; integrations: harnesses of other people
 decoding                  the loop
 batch cache ...           the only users of transformers, tokenizers and files
@@ -27,6 +28,7 @@ LAYERS = [
     {"decoding"},
     {"hook", "trace", "evals", "integrations"},
     {"plots"},
+    {"train"},
     {"demo"},
     {"cli"},
 ]
