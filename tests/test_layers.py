@@ -23,7 +23,7 @@ LAYERS = [
     {"methods"},
     {"linear", "sampling", "data", "detokenizer"},
     {"modeling", "prompts"},
-    {"cache"},
+    {"cache", "scoring"},
     {"batch"},
     {"decoding"},
     {"hook", "trace", "evals", "integrations"},

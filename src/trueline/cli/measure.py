@@ -34,13 +34,12 @@ def run_points(args: argparse.Namespace) -> None:
     items = items_of(args, metric)
     points = points_of(args, metric, items)
     _check_plot(args)
-    from trueline.cli.judging import make_judge
+    from trueline.cli.judging import make_judge, spent
     from trueline.decoding import Decoder
 
     model = load(args)
     decoder, given = Decoder(model), len(items)
-    if args.skip_long:
-        items = fitting(decoder, points, items)
+    items = fitting(decoder, points, items, skip=args.skip_long)
     data = {"sources": sources(args), "n": len(items), "skipped": given - len(items)}
     data["sha256"] = digest([asdict(i) for i in items])
     settings = {
@@ -55,7 +54,7 @@ def run_points(args: argparse.Namespace) -> None:
         run_folder(args, metric, settings), metric, settings,
         command=command(args), overwrite=args.overwrite,
     )  # fmt: skip
-    start, fresh = time.perf_counter(), [0]
+    start, fresh, judge = time.perf_counter(), [0], None
     try:
         judge, judged_by = make_judge(args, metric, run.folder, model)
         rows = _measure(args, run, decoder, metric, items, points, judge, judged_by, fresh)
@@ -68,12 +67,10 @@ def run_points(args: argparse.Namespace) -> None:
         if metric == "refusal" and {i.group for i in items} == {"safe", "unsafe"}:
             found = recommendation(args, items, points, rows, default_label(points))
             results["recommendation"] = found
-        if usage := getattr(getattr(judge, "endpoint", None), "usage", None):
-            run.sessions.append({"judge": asdict(usage)})
-        _finish(args, run, results)
+        _finish(args, run, results | spent(judge)[0])
     finally:
         seconds = round(time.perf_counter() - start, 1)
-        run.close({"new_responses": fresh[0], "seconds": seconds})
+        run.close({"new_responses": fresh[0], "seconds": seconds, **spent(judge)[1]})
 
 
 def metric_of(args: argparse.Namespace) -> str:

@@ -58,7 +58,7 @@ def _win_rate(args: argparse.Namespace) -> None:
     data = {"sources": args.responses, "n": len(pairs), "sha256": digest(pairs)}
     settings = {"data": data, "criterion": criterion}
 
-    def start(folder: Path) -> tuple[Work, Mapping[str, Any]]:
+    def start(folder: Path) -> tuple[Work, Mapping[str, Any], Any]:
         judge, judged_by = make_judge(args, "win_rate", folder)
 
         def work(batch: Sequence[Any], _: int) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def _win_rate(args: argparse.Namespace) -> None:
                 for p, x, y in zip(prompts, forward, backward, strict=True)
             ]
 
-        return work, judged_by
+        return work, judged_by, judge
 
     def numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lengths = [len(a) - len(b) for _, a, b in pairs]
@@ -106,7 +106,7 @@ def _implicit_reward(args: argparse.Namespace) -> None:
         return reward_accuracy(values).as_dict()
 
     title = f"Implicit reward: {method.name} on {args.model}"
-    _run_rows(args, "implicit_reward", title, settings, pairs, lambda _: (work, {}), numbers)
+    _run_rows(args, "implicit_reward", title, settings, pairs, lambda _: (work, {}, None), numbers)
 
 
 def _letters(args: argparse.Namespace) -> None:
@@ -126,8 +126,9 @@ def _letters(args: argparse.Namespace) -> None:
         return make_method(name, {**given, "principle": principle})
 
     shown = method_settings(method_for(personal_principle("...")))
-    model = load(args)
-    data = {"sources": [args.questions], "n": len(questions)}
+    model, count = load(args), len(questions)
+    questions = questions_that_fit(model, questions, method_for, skip=args.skip_long)
+    data = {"sources": [args.questions], "n": len(questions), "skipped": count - len(questions)}
     data["sha256"] = digest([asdict(q) for q in questions])
     settings = {**model_settings(args, model), "method": shown, "data": data}
 
@@ -141,7 +142,9 @@ def _letters(args: argparse.Namespace) -> None:
         return {"accuracy": asdict(personal_accuracy([row["choices"] for row in rows]))}
 
     title = f"Personal preference: {name} on {args.model}"
-    _run_rows(args, "personal_logprob", title, settings, questions, lambda _: (work, {}), numbers)
+    _run_rows(
+        args, "personal_logprob", title, settings, questions, lambda _: (work, {}, None), numbers
+    )
 
 
 def run_judge(args: argparse.Namespace) -> None:
@@ -156,7 +159,7 @@ def run_judge(args: argparse.Namespace) -> None:
     data = {"sources": [args.labels], "n": len(texts), "sha256": digest([asdict(t) for t in texts])}
     settings = {"data": data}
 
-    def start(folder: Path) -> tuple[Work, Mapping[str, Any]]:
+    def start(folder: Path) -> tuple[Work, Mapping[str, Any], Any]:
         judge, judged_by = make_judge(args, "refusal", folder)
 
         def work(batch: Sequence[Any], _: int) -> list[dict[str, Any]]:
@@ -166,7 +169,7 @@ def run_judge(args: argparse.Namespace) -> None:
                 for t, v in zip(batch, verdicts, strict=True)
             ]
 
-        return work, judged_by
+        return work, judged_by, judge
 
     def numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         verdicts = [Verdict(row["label"], row["reason"], row["phrase"]) for row in rows]
@@ -191,21 +194,22 @@ def _run_rows(
     title: str,
     settings: Mapping[str, Any],
     items: Sequence[Any],
-    start: Callable[[Path], tuple[Work, Mapping[str, Any]]],
+    start: Callable[[Path], tuple[Work, Mapping[str, Any], Any]],
     numbers: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
     draw: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> None:
     """Compute a row for every item in the run's folder, and the numbers of them all."""
     from tqdm import tqdm
 
+    from trueline.cli.judging import spent
     from trueline.evals.runs import Run, digest, versions
 
     settings = {"versions": versions(), **settings}
     folder = run_folder(args, kind, settings)
     run = Run(folder, kind, settings, command=command(args), overwrite=args.overwrite)
-    began = time.perf_counter()
+    began, judge = time.perf_counter(), None
     try:
-        work, judged_by = start(run.folder)
+        work, judged_by, judge = start(run.folder)
         key = digest([kind, run.settings, judged_by])
         there, every = run.verdicts.done(key, len(items)), 0.2 if sys.stderr.isatty() else 30.0
         with tqdm(total=len(items), initial=there, unit="row", mininterval=every,
@@ -213,9 +217,39 @@ def _run_rows(
             rows = run.verdicts.compute(key, items, args.batch_size, work, bar.update)
         found = numbers(rows)
         results = {"title": title, "metric": kind, "judge": dict(judged_by), "numbers": found}
+        results |= spent(judge)[0]
         finish(args, run, results, None if draw is None else lambda: draw(found))
     finally:
-        run.close({"rows": len(items), "seconds": round(time.perf_counter() - began, 1)})
+        seconds = round(time.perf_counter() - began, 1)
+        run.close({"rows": len(items), "seconds": seconds, **spent(judge)[1]})
+
+
+def questions_that_fit(
+    model: Any, questions: Sequence[Any], method_for: Callable[[str], Any], *, skip: bool
+) -> list[Any]:
+    """Return the questions that fit the model for every user; without `skip` all must."""
+    from trueline.evals.likelihood import branch_rows, check_fits, response_ids
+    from trueline.evals.preference import LETTERS, personal_principle, personal_prompt
+
+    kept, reason = [], ""
+    for q in questions:
+        chat: list[Any] = [{"role": "user", "content": personal_prompt(q)}]
+        letter = response_ids(model, chat, LETTERS[0])
+        try:
+            for user in q.users:
+                rows = branch_rows(model, method_for(personal_principle(user)), [chat], [letter])
+                for prompt, response in zip(rows[0], rows[1], strict=True):
+                    check_fits(model, prompt, response)
+            kept.append(q)
+        except DataError as error:
+            reason = str(error)
+            if not skip:
+                raise DataError(
+                    f'Question "{q.id}": {reason} Or --skip-long leaves it out.'
+                ) from None
+    if not kept:
+        raise DataError(f"No question fits the model: {reason}")
+    return kept
 
 
 def method_settings(method: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from trueline.data import read_jsonl
 from trueline.errors import ConfigError, DataError, suggestion
 from trueline.types import Message
 
-PROMPT_COLUMNS = ("prompt", "Behavior", "question", "instruction", "goal", "text")
+PROMPT_COLUMNS = ("prompt", "Behavior", "question", "instruction", "goal", "text", "input")
 ID_COLUMNS = ("id", "BehaviorID", "id_v2", "index")
 SAFE_SETS = {"oktest": True, "malicious": False, "harmbench": False, "advbench": False}
 """Sets whose prompts are all safe or all unsafe, by a word of the file's name."""
@@ -101,7 +101,7 @@ def load_prompts(
     Args:
         source: A path, or hf:NAME[:SPLIT].
         column: Which column holds the prompt; by default the first known one of
-            prompt, Behavior, question, instruction, goal, text.
+            prompt, Behavior, question, instruction, goal, text, input.
         safe: Whether the prompts are safe; by default what the rows or the set's name say.
 
     Raises:

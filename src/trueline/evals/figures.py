@@ -47,10 +47,12 @@ def draw_frontier(
     ]
     xs, ys = bounds[::2], bounds[1::2]
     right = max([20.0, *(100 * e["high"] for e in xs)]) + 6
-    bottom = min([100 * floor, *(100 * e["low"] for e in ys)]) - 6
-    _label(axes, places, right + 3, 103 - bottom)
+    bottom = min([100 * floor, *(100 * e["low"] for e in ys)])
+    margin = 0.5 + 0.06 * (100 - bottom)
+    bottom, top = bottom - margin, 100 + margin
+    _label(axes, places, right + 3, top - bottom)
     axes.axhline(100 * floor, color=COLOURS[1], linewidth=1, linestyle=":", label="floor")
-    axes.set(xlim=(-3, right), ylim=(bottom, 103), title=title)
+    axes.set(xlim=(-3, right), ylim=(bottom, top), title=title)
     axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])
     axes.set_xlabel("over-refusal: safe prompts refused, % (low is good)")
     axes.set_ylabel("harmful prompts refused, % (high is good)")

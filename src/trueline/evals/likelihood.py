@@ -7,14 +7,15 @@ number here is a natural logarithm.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from trueline.errors import DataError, ModelError, check_number
-from trueline.prompts import encode, pad_left
+from trueline.prompts import encode
+from trueline.scoring import combined, forced_logits
 from trueline.types import Message, Method, check_messages
 
 if TYPE_CHECKING:
@@ -110,12 +111,8 @@ def method_logprobs(
             logits.update(zip(indices, found, strict=True))
         for i in range(stop - start):
             z = torch.stack([logits[i * k + branch] for branch in range(k)], dim=1)
-            combined = method.combine(z.clone())
-            if k > 1 and method.first_tokens is not None:
-                combined = torch.cat(
-                    [combined[: method.first_tokens], z[method.first_tokens :, method.rest_branch]]
-                )
-            values.append(_chosen(combined, torch.tensor(responses[start + i], device=z.device)))
+            tokens = torch.tensor(responses[start + i], device=z.device)
+            values.append(_chosen(combined(method, z), tokens))
     return values
 
 
@@ -189,20 +186,11 @@ def _forward(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(responses[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        fed = [[*prompts[i], *responses[i][:-1]] for i in rows]
-        ids, mask = pad_left(fed, model.pad_token_id, model.device)
-        keep = max(len(responses[i]) for i in rows)
-        options: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
-        if "position_ids" in model.forward_names:
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        if "logits_to_keep" in model.forward_names:
-            options["logits_to_keep"] = keep
-        if adapters is not None and not all(adapters[i] for i in rows):
-            active = model.model.active_adapter
-            options["adapter_names"] = [active if adapters[i] else "__base__" for i in rows]
-        logits = model.model(ids, **options).logits
-        # Rows end at the last column, so a response of n tokens is predicted by the last n.
-        yield rows, [logits[j, -len(responses[i]) :].float() for j, i in enumerate(rows)]
+        on = None if adapters is None else [adapters[i] for i in rows]
+        logits = forced_logits(
+            model, [prompts[i] for i in rows], [responses[i] for i in rows], adapters=on
+        )
+        yield rows, [z.float() for z in logits]
 
 
 def _chosen(logits: Tensor, tokens: Tensor) -> NDArray[np.float64]:

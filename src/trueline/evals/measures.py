@@ -20,7 +20,7 @@ from trueline.errors import DataError
 from trueline.evals.items import Item
 from trueline.evals.statistics import Estimate, mean, rate
 from trueline.evals.sweep import Point
-from trueline.types import Request
+from trueline.types import Request, check_messages
 
 if TYPE_CHECKING:
     from trueline.decoding import Decoder
@@ -36,20 +36,32 @@ FEWEST = 4
 """A prefix that fewer prompts of a batch share is not computed apart."""
 
 
-def fitting(decoder: Decoder, points: Sequence[Point], items: Sequence[Item]) -> list[Item]:
+def fitting(
+    decoder: Decoder, points: Sequence[Point], items: Sequence[Item], *, skip: bool = True
+) -> list[Item]:
     """Return the prompts that fit the model under every point.
 
     Raises:
-        DataError: None does, with the reason of the last one.
+        DataError: None does, with the reason of the last one; without `skip`, one does not.
     """
+    from trueline.prompts import encode
+
     kept, reason = [], ""
     for item in items:
+        chat, branches = check_messages(item.prompt), []
+        for point in points:
+            for branch in point.make(item.principle).prompts(chat):
+                if branch not in branches:
+                    branches.append(branch)
         try:
-            for point in points:
-                decoder.encode(Request(item.prompt, point.make(item.principle), point.sampling))
+            decoder.check_length([encode(decoder.model, branch) for branch in branches])
             kept.append(item)
         except DataError as error:
             reason = str(error)
+            if not skip:
+                raise DataError(
+                    f'Prompt "{item.id}": {reason} Or --skip-long leaves it out.'
+                ) from None
     if not kept:
         raise DataError(f"No prompt fits the model: {reason}")
     return kept
