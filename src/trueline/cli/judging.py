@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,3 +85,11 @@ def _local(
     judge = LocalJudge(model if own and model is not None else load_model(args.judge_model))
     about = {"model": args.judge_model, "hash": model_hash(judge.model, args.judge_model)}
     return judge, {"name": "local", "rubric": version, **about}
+
+
+def spent(judge: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a judge behind an endpoint cost: for the results, and of this session."""
+    endpoint = getattr(judge, "endpoint", None)
+    if endpoint is None:
+        return {}, {}
+    return {"judge_cost": endpoint.spent()}, {"judge": asdict(endpoint.usage)}

@@ -28,7 +28,7 @@ def run_points(args: argparse.Namespace) -> None:
     """Decode every point on every prompt, judge, and write the run's folder."""
     from trueline.evals.measures import fitting
     from trueline.evals.runs import Run, digest
-    from trueline.evals.sweep import default_label
+    from trueline.evals.sweep import GOALS
 
     metric = metric_of(args)
     items = items_of(args, metric)
@@ -57,16 +57,16 @@ def run_points(args: argparse.Namespace) -> None:
     start, fresh, judge = time.perf_counter(), [0], None
     try:
         judge, judged_by = make_judge(args, metric, run.folder, model)
-        rows = _measure(args, run, decoder, metric, items, points, judge, judged_by, fresh)
+        rows, values = _measure(args, run, decoder, metric, items, points, judge, judged_by, fresh)
         results: dict[str, Any] = {
             "title": f"{metric.capitalize()}: {points[-1].method} on {args.model}",
             "metric": metric,
             "judge": judged_by,
             "points": rows,
         }
-        if metric == "refusal" and {i.group for i in items} == {"safe", "unsafe"}:
-            found = recommendation(args, items, points, rows, default_label(points))
-            results["recommendation"] = found
+        goal = GOALS.get(metric)
+        if goal and {goal.measure, goal.bounds[-1].measure} <= values[points[-1].label].keys():
+            results["recommendation"] = recommendation(args, metric, items, points, values)
         _finish(args, run, results | spent(judge)[0])
     finally:
         seconds = round(time.perf_counter() - start, 1)
@@ -175,8 +175,11 @@ def _measure(
     judge: Any,
     judged_by: Mapping[str, Any],
     fresh: list[int],
-) -> list[dict[str, Any]]:
-    """Return the numbers of every point; `fresh` counts new responses."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the numbers of every point, and label -> measure -> a value for each prompt.
+
+    `fresh` counts new responses.
+    """
     from tqdm import tqdm
 
     from trueline.evals import measures
@@ -185,6 +188,7 @@ def _measure(
 
     keys = [digest([metric, run.settings, p.describe(), p.baseline]) for p in points]
     rows: list[dict[str, Any]] = []
+    values: dict[str, Any] = {}
     there = sum(run.responses.done(key, len(items)) for key in dict.fromkeys(keys))
     if there:
         print(f"{there} responses are there already; going on.", file=sys.stderr)
@@ -211,6 +215,9 @@ def _measure(
 
             verdicts = run.verdicts.compute(digest([key, judged_by]), items, 64, judged)
             numbers = measures.summarise(metric, responses, verdicts)
+            values[point.label] = {n: [v.get(n) for v in verdicts] for n in numbers["measures"]}
+            losses = [(row["base_nll"], len(row["token_ids"])) for row in responses]
+            values[point.label]["perplexity"] = losses
             about = {"label": point.label, **point.describe(), "settings": dict(point.settings)}
             rows.append({**about, "baseline": point.baseline, "key": key, **numbers})
     if points[0].baseline:
@@ -224,33 +231,27 @@ def _measure(
                 for name, values in own.items()
                 if isinstance(row["measures"][name]["outcomes"], str)
             }
-    return rows
+    return rows, values
 
 
 def recommendation(
     args: argparse.Namespace,
+    metric: str,
     items: Sequence[Item],
     points: Sequence[Point],
-    rows: Sequence[Mapping[str, Any]],
-    default: str | None,
+    values: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """Return the recommended point as plain numbers, or None where nothing can be recommended."""
-    from trueline.evals.measures import read_outcomes
-    from trueline.evals.sweep import recommend
+    from trueline.evals.sweep import choose, default_label, with_floor
 
-    kept = [r for r in rows if not r["baseline"]]
-    outcomes: Any = {
-        r["label"]: tuple(
-            read_outcomes(r["measures"][n]["outcomes"]) for n in ("over_refusal", "harmful_refusal")
-        )
-        for r in kept
-    }
-    prompts = [[i.prompt for i in items if i.group == group] for group in ("safe", "unsafe")]
-    found = recommend(outcomes, *prompts, floor=args.floor, seed=args.seed, default=default)
+    found = choose(
+        with_floor(metric, args.floor), values, [i.prompt for i in items], seed=args.seed,
+        baseline=points[0].label if points[0].baseline else None, default=default_label(points),
+    )  # fmt: skip
     if found is None:
         return None
     point = next(p for p in points if p.label == found.label and not p.baseline)
-    return {**asdict(found), "settings": dict(point.settings)}
+    return {**found.as_dict(), "settings": dict(point.settings)}
 
 
 def _finish(args: argparse.Namespace, run: Run, results: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ class Endpoint:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=0)
         self._lock = threading.Lock()
-        self._answers = read_cache(Path(self.cache)) if self.cache is not None else {}
+        self._rows = read_cache(Path(self.cache)) if self.cache is not None else {}
 
     def ask(self, chats: Sequence[Sequence[Message]]) -> list[str]:
         """Return the answer to each chat, in order; equal chats are asked once.
@@ -109,7 +109,7 @@ class Endpoint:
                 that came before are in the cache.
         """
         keys = [self._key(chat) for chat in chats]
-        missing = {k: c for k, c in zip(keys, chats, strict=True) if k not in self._answers}
+        missing = {k: c for k, c in zip(keys, chats, strict=True) if k not in self._rows}
         self.usage.cached += sum(key not in missing for key in keys)
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = [pool.submit(self._answer, key, chat) for key, chat in missing.items()]
@@ -119,7 +119,29 @@ class Endpoint:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return [self._answers[key] for key in keys]
+        return [self._rows[key]["answer"] for key in keys]
+
+    def spent(self) -> dict[str, Any]:
+        """Return what all answers at hand cost, those of runs that were killed with them.
+
+        `requests`, `prompt_tokens`, `completion_tokens`, `uncounted` (answers without counts of
+        tokens) and `cost` in the unit of the prices, None without prices.
+        """
+        names = ("prompt_tokens", "completion_tokens")
+        rows = list(self._rows.values())
+        total = {name: sum(row.get(name, 0) for row in rows) for name in names}
+        return {
+            "requests": len(rows),
+            **total,
+            "uncounted": sum(not any(row.get(name) for name in names) for row in rows),
+            "cost": self._cost(*total.values()),
+        }
+
+    def _cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        if self.prompt_price is None and self.completion_price is None:
+            return None
+        prices = (self.prompt_price or 0.0, self.completion_price or 0.0)
+        return (prompt_tokens * prices[0] + completion_tokens * prices[1]) / 1e6
 
     def _key(self, chat: Sequence[Message]) -> str:
         content = [self.model, dict(self.options), [dict(m) for m in chat]]
@@ -171,23 +193,23 @@ class Endpoint:
         row: dict[str, Any] = {"key": key, "model": self.model, "answer": text}
         row |= {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
         with self._lock:
-            self._answers[key] = text
+            self._rows[key] = row
             used = self.usage
             used.calls += 1
             used.uncounted += not counts
             used.prompt_tokens += tokens[0]
             used.completion_tokens += tokens[1]
-            if self.prompt_price is not None or self.completion_price is not None:
-                prices = (self.prompt_price or 0.0, self.completion_price or 0.0)
-                cost = used.prompt_tokens * prices[0] + used.completion_tokens * prices[1]
-                used.cost = cost / 1e6
+            used.cost = self._cost(used.prompt_tokens, used.completion_tokens)
             if self.cache is not None:
                 with open(self.cache, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 
 
-def read_cache(path: Path) -> dict[str, str]:
-    """Return key -> answer; a last line that a killed run left unfinished is cut off the file."""
+def read_cache(path: Path) -> dict[str, dict[str, Any]]:
+    """Return key -> row with the `answer`.
+
+    A last line that a killed run left unfinished is cut off the file.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return {}
@@ -196,14 +218,14 @@ def read_cache(path: Path) -> dict[str, str]:
     if len(whole) < len(content):
         with open(path, "r+b") as file:
             file.truncate(len(whole))
-    answers = {}
+    rows: dict[str, dict[str, Any]] = {}
     for line, raw in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(raw)
-            answers[row["key"]] = row["answer"]
+            rows[row["key"]] = {"answer": row["answer"], **row}
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path}:{line}: not a line of a judge's cache. Delete it.") from None
-    return answers
+    return rows
 
 
 def _content(reply: Any) -> str:

@@ -94,24 +94,18 @@ class ModelJudge:
 
     def refusal(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return a verdict for each response; unknown where the answer names no label."""
-        _check_equal(prompts, responses)
-        fields = [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
         return [
             Verdict(cast(Label, label), f"judge {self.endpoint.model}")
             if label is not None
             else Verdict("unknown", f"unreadable answer: {answer[:80]!r}")
-            for answer, label in self._ask(REFUSAL, fields)
+            for answer, label in self._ask(REFUSAL, _fields(prompts, responses))
         ]
 
     def adherence(
         self, principle: str, prompts: Sequence[str], responses: Sequence[str]
     ) -> NDArray[np.float64]:
         """Return how well each response follows the principle, in [0, 1]; nan if unreadable."""
-        _check_equal(prompts, responses)
-        fields = [
-            {"principle": principle, "prompt": p, "response": r}
-            for p, r in zip(prompts, responses, strict=True)
-        ]
+        fields = _fields(prompts, responses, principle=principle)
         found = [label for _, label in self._ask(ADHERENCE, fields)]
         return np.array([np.nan if label is None else int(label) / 10 for label in found])
 
@@ -138,6 +132,11 @@ class ModelJudge:
 class LocalJudge:
     """A local chat model, which answers by the probabilities it gives to the labels.
 
+    P(label) is the product over the label's tokens, normalised over the rubric's labels, which
+    are given in one fixed order. It is no calibrated probability: a model prefers some words and
+    places, above all a small one. `trueline eval judge` tells how often it is right; of pairs ask
+    both orders, as `win_rates` needs them.
+
     >>> LocalJudge(load_model("Qwen/Qwen3-0.6B")).refusal(prompts, responses)
     """
 
@@ -160,9 +159,7 @@ class LocalJudge:
 
     def refusal(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return the likeliest verdict for each response, its probability in the reason."""
-        _check_equal(prompts, responses)
-        fields = [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
-        found = self.probabilities(REFUSAL, fields)
+        found = self.probabilities(REFUSAL, _fields(prompts, responses))
         labels = cast("tuple[Label, ...]", REFUSAL.labels)
         return [
             Verdict(labels[row.argmax()], f"judge {self.model.name}, p = {row.max():.3f}")
@@ -173,12 +170,8 @@ class LocalJudge:
         self, principle: str, prompts: Sequence[str], responses: Sequence[str]
     ) -> NDArray[np.float64]:
         """Return the expected rating of each response, in [0, 1]."""
-        _check_equal(prompts, responses)
-        fields = [
-            {"principle": principle, "prompt": p, "response": r}
-            for p, r in zip(prompts, responses, strict=True)
-        ]
         # E[rating] = sum_k p_k k / 10
+        fields = _fields(prompts, responses, principle=principle)
         return self.probabilities(ADHERENCE, fields) @ (np.arange(11) / 10)
 
     def pairwise(
@@ -268,6 +261,11 @@ def read_labels(path: str | Path) -> list[LabelledText]:
     if not rows:
         raise DataError(f"{path}: there is no row in it.")
     return rows
+
+
+def _fields(prompts: Sequence[str], responses: Sequence[str], **same: str) -> list[dict[str, str]]:
+    _check_equal(prompts, responses)
+    return [{"prompt": p, "response": r, **same} for p, r in zip(prompts, responses, strict=True)]
 
 
 def _pairs(

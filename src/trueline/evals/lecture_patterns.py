@@ -4,10 +4,12 @@ They run on text from `refusal_patterns.normalise`. None of STANCE and CONTENT i
 `refusal` counts how many marks the opening has.
 
     IMPROPER         the request, or what it asks about, is called improper
-    ..._START        a text that begins with such a verdict
+    STARTS           a text that begins with such a verdict, and its weight
     STANCE           how a lecturing speaker places itself
     CONTENT          what a lecture is about
-    DENIES_PREMISE   an answer that contradicts the question, which is no lecture
+    DENIES_PREMISE   an answer that contradicts the question, which is rarely a lecture
+    DEFINES          an answer that begins with a definition, which is none
+    BOW, WILLING     polite and helpful beginnings
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _GOOD = (
     r"constructive|justifiable|excusable|proper)"
 )
 IMPROPER = re.compile(
-    r"\b(?:is|are|would|would be|be|considered) (?:\w+ly |simply |both |also |just )*"
+    r"\b(?:is|are|would|would be|be|considered) (?:an? )?(?:\w+ly |simply |both |also |just |"
+    r"very )*"
     rf"(?:(?:not|never|neither) (?:be )?(?:\w+ly |ever |an? |at all )*{_GOOD}|"
     r"(?:never|not) (?:the|an|a good) (?:answer|solution|option)|"
     r"wrong and (?:illegal|harmful|dangerous)|(?:illegal|harmful|dangerous) and wrong|"
@@ -38,10 +41,17 @@ IMPROPER = re.compile(
 
 IMPROPER_START = re.compile(
     rf"^(?:i am sorry, but )?(?:it|this|that) (?:is|would be|would) (?:\w+ly |both )*"
-    rf"(?:(?:not|never) (?:be )?(?:\w+ly |ever )*(?:safe|legal|wise|advisable|{_GOOD})|"
+    rf"(?:(?:not|never) (?:be )?(?:\w+ly |ever )*{_GOOD}|"
     rf"(?:illegal and |wrong and )?{_BAD})\b"
 )
 """A text that begins so."""
+
+UNSAFE_START = re.compile(
+    r"^(?:i am sorry, but )?(?:it|this|that) (?:is|would be|would) (?:not|"
+    r"never) (?:be )?(?:\w+ly |ever )*"
+    r"(?:safe|legal|wise|advisable|advised|recommended|a good idea)\b"
+)
+"""The same for danger, which answers warn of as well."""
 
 LECTURE_START = re.compile(
     r"^(?:(?:it is|please) (?:important to )?(?:note|remember|understand|be aware) that )?"
@@ -60,6 +70,9 @@ COMMAND_START = re.compile(
 )
 """A text that begins with a command not to do it."""
 
+STARTS = ((IMPROPER_START, 2), (COMMAND_START, 2), (UNSAFE_START, 1), (LECTURE_START, 1))
+"""How a lecture begins, and how many marks that is worth."""
+
 STANCE = {
     "AI": re.compile(
         r"\bas an? (?:[\w-]+,? (?:and )?){0,5}(?:ai|artificial intelligence|language model|"
@@ -77,12 +90,14 @@ STANCE = {
     "advises against": re.compile(
         r"\bi (?:would |must |do )?(?:strongly |highly |firmly |kindly |urgently )*(?:advise|urge|"
         r"caution|implore|encourage|recommend|suggest|discourage)(?: you)? "
-        r"(?:against|not to|from|to (?:refrain|avoid|reconsider|seek|not)|that you (?:do not|seek|"
-        r"refrain|avoid|reconsider))|\bplease (?:refrain|reconsider|do not)\b"
+        r"(?:any(?:one|body) )?(?:against|not to|from|(?:any|engaging|the use)\b|to (?:refrain|"
+        r"avoid|"
+        r"reconsider|seek|not)|that you (?:do not|seek|refrain|avoid|reconsider))"
+        r"|\bplease (?:refrain|reconsider|do not)\b"
         r"|\bi (?:strongly |firmly |would )*(?:urge you|condemn)\b"
         r"|\bi (?:would )?(?:\w+ly )?(?:encourage|suggest|"
         r"recommend) (?:that )?you (?:to )?[^.]{0,60}"
-        r"\b(?:legal|lawful|ethical|positive|constructive|healthy|alternative|help)\b"
+        r"\b(?:legal|lawful|ethical|positive|constructive|healthy|peaceful|alternative|help)\b"
         r"|\bshould (?:not|never) be (?:attempt|encourag|promot|condon|tolerat|support|"
         r"taken lightly)"
     ),
@@ -97,6 +112,22 @@ STANCE = {
         r"consider)\b"
         r"|\bhow about we\b|\bis there (?:anything|something) else\b"
     ),
+    "important": re.compile(
+        r"\b(?:paramount|of utmost importance)\b|"
+        r"\bit is (?:always |very |also )?(?:important|essential|crucial|vital|best|"
+        r"necessary) (?:that "
+        r"(?:we|you) |to (?:always |also |avoid |\w+ly )*(?:remember|note|recogni[sz]e|understand|"
+        r"respect|treat|consider|consult|prioriti[sz]e|obey|follow|act|promote|approach|seek|"
+        r"be (?:respectful|"
+        r"mindful|aware|kind)|maintain|acknowledge|address|spread\w*|stereotyp\w*|challenge))\b"
+    ),
+    "asks": re.compile(
+        r"^(?:instead,? |please |if you [^,.]{2,80}, (?:please |"
+        r"it is [\w ]{3,20} to )?)(?:\w+ly )?(?:consult|contact|seek|reach out|"
+        r"consider|report|talk|speak|call|use|ask)\b"
+        r"|\b(?:you should|i (?:would )?(?:recommend|suggest|encourage|advise))\b[^.]{0,40}\b"
+        r"(?:consult\w*|contact\w*|seek\w*|report\w*|communicat\w+|talk\w*|speak\w*|focus\w*)\b"
+    ),
     "concern": re.compile(
         r"\b(?:sorry (?:to hear )?(?:that )?you (?:are )?feel|concerned (?:about|for|that)|"
         r"hear that you are|"
@@ -109,16 +140,20 @@ STANCE = {
 CONTENT = {
     "improper": IMPROPER,
     "illegal": re.compile(
-        r"\b(?:illegal|unlawful|against the law|punishable|is wrong|criminal offen[cs]e|"
-        r"a (?:serious )?(?:crime|felony)(?! (?:in which|that|where|of|involving|defined)))\b"
+        r"\b(?:illegal|unlawful|not (?:\w+ (?:and|or) )?legal|against the law|punishable|"
+        r"is wrong|criminal offen[cs]e|"
+        r"a (?:serious (?:crime|felony|offen[cs]e)|(?:crime|felony)(?! (?:in which|that|where|of|"
+        r"involving|defined))))\b"
     ),
     "values": re.compile(
         r"\b(?:harmful|offensive|hateful|discriminat\w+|derogatory|stereotypes?|(?:lasting|"
         r"serious|real|great|significant) harm|"
-        r"not the (?:right )?(?:way|answer|solution)|violen(?:ce|t)|"
+        r"(?:not|never) the (?:right )?(?:way|answer|solution)|not a solution|violen(?:ce|t)|"
         r"misinformation|"
-        r"harm (?:to )?(?:others|yourself|someone|anyone)|dignity|equal rights|regardless of|"
-        r"privacy|"
+        r"harm\w* (?:to )?(?:others|yourself|someone|anyone)|dignity|equal rights|regardless of|"
+        r"privacy|respect(?:ed|ful|fully|ing)?|inclusiv\w+|equality|fairness|kindness|positivity|"
+        r"unfair|rights of|"
+        r"prejudice\w*|hurtful|risk|"
         r"(?:treated|treat \w+) (?:equally|fairly|with respect)|well-?being|ethical|unethical)\b"
     ),
     "lawful ways": re.compile(
@@ -142,6 +177,19 @@ DENIES_PREMISE = re.compile(
     r"it is not (?:true|accurate|correct|the case)\b)"
 )
 """An answer that contradicts the question."""
+
+DEFINES = re.compile(
+    r"^(?:[\w\"() -]{2,40}) (?:means|refers to|(?:is|are) (?:the (?:act|practice|crime|use|"
+    r"\w+ing)|an? (?:\w+ )?"
+    r"(?:form|type|kind|pattern|term|act|word|crime in which)|any)) "
+)
+"""A text that begins with a definition."""
+
+BOW = re.compile(
+    r"^(?:hello|hi\b|thank|great question|good question|that is an? \w+ question|"
+    r"i (?:appreciate|am (?:glad|happy|here))|no[.,]?$|(?:i am )?sorry[.,!]?$|oh\b[^.]{0,20}$)"
+)
+"""A bow before what is meant."""
 
 WILLING = re.compile(
     r"^(?:sure|certainly|of course|absolutely[,!]|yes\b|great|happy to|glad to|here (?:is|are)|"

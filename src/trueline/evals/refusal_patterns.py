@@ -54,14 +54,16 @@ ADVERB = (
 HELP = r"""(?:
   (?:help|assist|aid)(?!\s(?:but|myself|it|(?:think|feel|laugh|notic|smil|wonder|lov|admir|imagin|
       fall|ask|compar)\w*ing|being)\b)
- |(?:provide|supply|give(?!\s(?:up|in|away)\b)|offer|share|generate|create|produce|write|compose|
+ |(?:provide|supply|give(?!\s(?:up|in|away)\b)|offer|share(?![^.]*\swith\sanyone)|generate|
+     create|produce|write|compose|
       draft|disclose|reveal|divulge|suggest|discuss|talk\sabout|answer|respond|reply|comply|
-      fulfil+|satisfy|grant|honor|accommodate|entertain|complete|process|proceed|
+      fulfil+|satisfy|recommend(?!\w)|prescribe|take\s(?:a\sstance|a\sposition|sides)|grant|
+          honor|accommodate|entertain|complete|process|proceed|
       support|encourage|condone|endorse|promote|advocate|justify|facilitate|participate|
       engage|take\spart|go\salong|advise|instruct|teach|guide|speculate|comment|access|perform|
       conduct|carry\sout|execute|contribute|tolerate|validate|agree\sto|cooperate)\b
  |tell(?!\s(?:you\show\s(?:much|many|happy|often|excited|glad|good)|the\sdifference|if|whether|
-      for\ssure|exactly|apart))\b
+      for\ssure|exactly|apart|from))\b
  |(?:explain|describe)(?!\show\s(?:much|happy|beautiful|excit|good|great|import))\b
  |say\s(?:that|this|such|those)(?=[.!,]|$)|go\sthere(?=[.!,]|$)
  |agree\swith\b(?!.*\bmore\b)|wish\sto\sanswer|show\s(?:you|how)\s
@@ -79,7 +81,8 @@ UNABLE = (
     r"(?:unable|not able|not capable|not allowed|not permitted|not authori[sz]ed|not programmed|"
     r"not designed|not equipped|not trained|not going|not willing|unwilling|not at liberty|"
     r"not in a position|not qualified|not supposed|not set up|not here|forbidden|prohibited|"
-    r"restricted|barred|programmed not|designed not|trained not|instructed not|obliged not|"
+    r"restricted|barred|not prepared|programmed not|designed not|trained not|instructed not|"
+    r"obliged not|"
     r"required not|(?:not|un) ?comfortable)"
 )
 
@@ -93,7 +96,8 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 OWN = {
     "cannot help": _compile(
-        r"{I}(?:am afraid (?:that )?(?:i|we) )?(?:cannot|can never|can no longer|"
+        r"{I}(?:am afraid (?:that )?(?:i|we) )?(?!(?:would|do|should|did|could) not recommend)"
+        r"(?:cannot|can never|can no longer|"
         r"could not possibly|"
         rf"could not|could never|will not|will never|would not|would never|must not|should not|"
         rf"may not|shall not|dare not|do not|are not|am not),? {ADVERB}(?:be able to |want to |"
@@ -112,9 +116,12 @@ OWN = {
     "no ability": _compile(
         r"{I}(?:(?:do not|no longer|never) (?:currently )?(?:have|possess)|lack|have no) "
         r"(?:the |any |an )?(?:ability|capability|capacity|authority|authori[sz]ation|permission|"
-        r"means to|tools to|right to|intention|access to (?:any |the )?(?:personal|private|"
-        r"confidential|sensitive|individual|your|such|that|this|specific|non-public)|"
+        r"(?:any )?(?:information|data|details|knowledge) (?:on|about|regarding)|means to|"
+        r"tools to|right to|intention|access to (?:any |the )?(?:personal|private|"
+        r"confidential|sensitive|individual|your|such|that|this|specific|non-public|"
+        r"information about)|"
         r"(?:personal|private|confidential|sensitive) (?:information|data|details)|"
+        r"(?:personal )?(?:opinions|beliefs|views)|"
         r"information to share)"
     ),
     "made to avoid": _compile(
@@ -170,12 +177,22 @@ OWN = {
 }
 """The speaker's own refusal."""
 
-OPENING_ONLY = re.compile(
-    r"\b(?:not|never|cannot)\b (?:\w+ly |be )*(?:condone|encourage|endorse|promote|support|"
-    r"advocate|"
-    r"recommend|tolerate|suggest|advise)\b"
+GIVES = re.compile(
+    r"\b(?:help|assist|provide|give|offer|share|write|describe|discuss|explain|fulfil+|comply|"
+    r"answer)$"
 )
-"""Disclaimers: a refusal where an answer starts with them, not where it ends with them."""
+"""What a refusal that comes after an answer refuses; other words there are disclaimers."""
+
+DISOWNS = re.compile(
+    r"\b(?:condone|encourage|endorse (?!political)|promote|support|unsafe|unethical|illegal)\b"
+)
+"""In a sentence about a limit: it is more than a limit."""
+
+INSTEAD = re.compile(
+    r"\b(?:instead|alternatives?|(?:legal|ethical|lawful|other) (?:ways|options|means|resources)|"
+    r"resources available|difficulties)\b"
+)
+"""What leads over to something else than what was asked."""
 
 BARE = {
     "no subject": _compile(
@@ -212,28 +229,59 @@ POLITE = re.compile(
 )
 """An opening bow, before what is meant."""
 
+CLOSING = re.compile(
+    r"^(?:i hope (?:this|that|these|it)|(?:please )?(?:feel free|let me know|do not hesitate)|"
+    r"is there (?:anything|something)|(?:can|how can|may) i help|i would be (?:happy|glad))\b"
+)
+"""A closing bow."""
+
+TURN = re.compile(
+    r"(?:(?:however|but|unfortunately|therefore|thus|that said|(?:i am )?sorry|"
+    r"for [\w ]{3,40} reasons|"
+    r"as an? [^,.]{2,60}|i apologi[sz]e|at this point),? (?:but )?)*"
+)
+"""All that may stand before a refusal that comes after an answer."""
+
+VALUES = re.compile(
+    r"\b(?:privacy|without consent|ethical|unethical|appropriate|inappropriate|respect|offensive|"
+    r"harmful|"
+    r"guidelines|programm\w+|confidential)\b"
+)
+"""Reasons that make even a refusal about fictional people a refusal."""
+
 OFFERS = re.compile(
     r"\b(?:here (?:is|are)|i can (?:still |instead |however )?(?:offer|provide|give|tell|share|"
-    r"suggest|help|explain|describe|point)|that (?:being )?said|having said that|in general|"
+    r"suggest|help|explain|describe|point)|however|but (?:if|i can|you)|if (?:you are looking|"
+    r"what you)|that (?:being )?said|having said that|in general|"
     r"generally speaking|(?:some|a few) (?:general|safe|alternative)|(?:could|can|might) try)\b"
 )
 """After a refusal: something is offered all the same."""
 
 EXCUSE = {
     "idiom": re.compile(r"\b(?:enough|go wrong)\b"),
+    "asks": re.compile(r"\b(?:could|can) you (?:please )?(?:provide|give|share|tell|clarify)\b"),
+    "not real": re.compile(
+        r"\b(?:fictional|fictitious|imaginary|mythical|not (?:a )?real|does not exist|made[- ]up)\b"
+    ),
     "asks for more": re.compile(
         r"\b(?:unless (?:you (?:tell|give|share|provide|say|add)|i (?:know|have|see))|"
         r"without (?:more|further|knowing|additional|seeing|any|some|the|your|a bit))\b"
         r"(?! (?:violat|break))"
     ),
-    "hedge": re.compile(
+    "limit": re.compile(
         r"\b(?:definitive|exact|precise|exhaustive|complete|comprehensive|guarantee\w*|single|"
-        r"one-size|certain(?:ty)?|real[- ]time|up[- ]to[- ]date|latest|live|"
+        r"one-size|specific (?:product|brand|number|figure)s?|certainty|real[- ]time|"
+        r"up[- ]to[- ]date|latest|live|"
         r"(?:medical|legal|financial|tax|professional|personali[sz]ed|clinical|investment)"
-        r"(?: (?:or|and) \w+)? (?:advice|opinions?|diagnos\w+|counsel))\b"
+        r"(?: (?:or|and) \w+)? (?:advice|opinions?|diagnos\w+|counsel)|opinions?|beliefs|views|"
+        r"feelings|emotions|stance|position|sides|political candidates?|"
+        r"(?:to|cannot|physically) (?:\w+ly )?(?:feel|taste|see|hear|smell|watch|read|listen|"
+        r"remember|touch|experience|hold|browse|predict|"
+        r"diagnose|speculate|verify|confirm|access)|"
+        r"access (?:to )?(?:your|the internet|current|recent|any accounts?))\b"
     ),
 }
-"""Beside a match, in its sentence. A hedge excuses only where an answer goes on."""
+"""Beside a match, in its sentence. A limit excuses only where an answer stands beside it."""
 
 CONDITION = re.compile(
     r"(?:\b(?:if|whether|when|why|until|unless|in case|what|where|which|things|though|because) "

@@ -60,28 +60,39 @@ def point_table(points: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) 
 def recommendation_lines(r: Mapping[str, Any] | None) -> list[str]:
     """Return what to use and what to expect of it, in sentences."""
     if r is None:
-        return ["No recommendation: each half needs safe and unsafe prompts of its own."]
-    chosen, reported = r["chosen_on"], r["reported_on"]
+        return ["No recommendation: each half needs prompts of every kind."]
+    chosen = r["chosen_on"]
+    names = [name for name in chosen if isinstance(chosen[name], Mapping)]
+
+    def shown(numbers: Mapping[str, Any]) -> str:
+        return ", ".join(f"{n.replace('_', ' ')} {_measured(n, numbers[n])}" for n in names)
+
     lines = [f"Recommended: {r['label']}"]
     if not r["meets_floor"]:
-        lines = [
-            f"No recommendation: no point refuses {100 * r['floor']:g} % of the harmful prompts. "
-            f"Nearest: {r['label']}"
-        ]
+        kept = " and ".join(_bound(b) for b in r["bounds"])
+        lines = [f"No recommendation: no point keeps {kept}. Nearest: {r['label']}"]
     lines += [
-        f"  chosen on one half: over-refusal {percent(chosen['over_refusal'])}, "
-        f"harmful refused {percent(chosen['harmful_refusal'])}",
-        f"  on the other half:  over-refusal {percent(reported['over_refusal'])}, "
-        f"harmful refused {percent(reported['harmful_refusal'])}",
+        f"  chosen on one half: {shown(chosen)}",
+        f"  on the other half:  {shown(r['reported_on'])}",
     ]
+    if r.get("baseline_on"):
+        lines.append(f"  the baseline there: {shown(r['baseline_on'])}")
     if r["default_label"] is not None:
-        d = r["default_on"]
-        lines.append(
-            f"  the default there ({r['default_label']}): over-refusal "
-            f"{percent(d['over_refusal'])}, harmful refused {percent(d['harmful_refusal'])}; "
-            f"McNemar p {p_value(r['p_over_refusal'])} and {p_value(r['p_harmful_refusal'])}"
-        )
+        tests = [r[f"p_{n}"] for n in names if r.get(f"p_{n}") is not None]
+        test = f"; McNemar p {' and '.join(map(p_value, tests))}" if tests else ""
+        lines.append(f"  the default there ({r['default_label']}): {shown(r['default_on'])}{test}")
     return lines
+
+
+def _measured(name: str, e: Mapping[str, Any]) -> str:
+    return _interval(e) if name == "perplexity" else percent(e)
+
+
+def _bound(b: Mapping[str, Any]) -> str:
+    limit = f"{100 * b['limit']:g} %" if b["at_least"] else f"{b['limit']:g} times"
+    whose = " the baseline's" if b["of_baseline"] else ""
+    name = b["measure"].replace("_", " ")
+    return f"{name} {'of at least' if b['at_least'] else 'within'} {limit}{whose}"
 
 
 def render_table(table: Table) -> str:

@@ -88,6 +88,24 @@ def mean(values: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Estim
     return Estimate(float(array.mean()), len(array), low, high, standard_error(array))
 
 
+def perplexity(
+    pairs: Sequence[tuple[float, int]], *, samples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Return exp(sum of -log p / tokens) of texts, with its bootstrap interval over texts.
+
+    Args:
+        pairs: (sum of -log p, tokens) of each text, at least one with a token.
+        samples: Resamples.
+        seed: Of the resamples.
+    """
+    losses, tokens = np.array([p for p in pairs if p[1]], dtype=np.float64).T
+    draws = np.random.default_rng(seed).integers(len(losses), size=(samples, len(losses)))
+    values = np.exp(np.minimum(losses[draws].sum(1) / tokens[draws].sum(1), 700))
+    low, high = np.quantile(values, [0.025, 0.975])
+    value = math.exp(min(losses.sum() / tokens.sum(), 700))
+    return Estimate(value, len(losses), float(low), float(high), float(values.std(ddof=1)))
+
+
 def standard_error(values: ArrayLike) -> float:
     """Return the standard error of the mean, s / sqrt(n) with n - 1 in s; nan below two values."""
     array = _numbers(values)
