@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS := adapters,plots,device-map,train,lm-eval,dev
+EXTRAS := adapters,plots,device-map,train,lm-eval,inspect,dev
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
