@@ -8,7 +8,10 @@ same product from weights in oneDNN's own blocked layout is up to twice as fast
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +48,64 @@ def pack_weights(model: nn.Module, *, force: bool = False) -> int:
     for module in modules:
         module.forward = PackedProduct(module)  # type: ignore[method-assign,assignment]
     return len(modules)
+
+
+@contextlib.contextmanager
+def merged_products(model: nn.Module) -> Iterator[int]:
+    """Run each float32 LoRA layer as one product and pack what gains; yield how many changed.
+
+    For sampling between two steps of training. The weights themselves are not touched, so they are
+    bit for bit the same afterwards. Copies last as long as the context, and are not made if they
+    would take more than `MAX_BYTES`. In half precision nothing is merged: rounding would take away
+    most of a young adapter.
+    """
+    layers: list[Any] = [m for m in model.modules() if _mergeable(m)]
+    inside = {id(layer.base_layer) for layer in layers}
+    linear: list[Any] = [m for m in model.modules() if type(m) is nn.Linear]
+    others = [m for m in linear if id(m) not in inside and "forward" not in vars(m)]
+    others = [m for m in others if _gains(m.weight)]
+    weights = [layer.base_layer.weight for layer in layers] + [m.weight for m in others]
+    changed: list[Any] = [*layers, *others]
+    if sum(w.nbytes for w in weights) > MAX_BYTES:
+        changed = []
+    try:
+        for module in changed:
+            packed = type(module) is nn.Linear
+            module.forward = PackedProduct(module) if packed else _merged(module)
+        yield len(changed)
+    finally:
+        for module in changed:
+            vars(module).pop("forward", None)
+
+
+def _mergeable(layer: Any) -> bool:
+    """Return whether this is a plain LoRA of PEFT over a float32 `nn.Linear`, switched on."""
+    kind = type(layer)
+    if kind.__name__ != "Linear" or kind.__module__ != "peft.tuners.lora.layer":
+        return False
+    own = vars(layer.base_layer).get("forward")
+    return (
+        type(layer.base_layer) is nn.Linear
+        and layer.base_layer.weight.dtype == torch.float32
+        and (own is None or isinstance(own, PackedProduct))
+        and not (layer.merged or layer.disable_adapters or layer.lora_variant)
+        and not any(layer.lora_bias.values())
+    )
+
+
+def _merged(layer: Any) -> Any:
+    """Return the product of a LoRA layer, its adapter added to a copy of the weights."""
+    base = layer.base_layer
+    with torch.no_grad():
+        weight = base.weight.detach()
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                weight = weight + layer.get_delta_weight(adapter)
+    if not _gains(weight):
+        return lambda x: nn.functional.linear(x, weight, base.bias)
+    module = nn.Linear(1, 1, bias=False, device="meta")
+    module.weight, module.bias = nn.Parameter(weight, requires_grad=False), base.bias
+    return PackedProduct(module)
 
 
 class PackedProduct:

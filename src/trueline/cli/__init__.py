@@ -1,6 +1,6 @@
 """The command line: parse, call, print. One module a command; heavy imports happen in its `run`.
 
-    trueline generate | chat | methods | inspect | demo | eval | report
+    trueline generate | chat | methods | inspect | demo | eval | report | train | export
 
 Errors that Trueline raises on purpose are printed as `error: ...` with exit code 2.
 """
@@ -25,6 +25,8 @@ COMMANDS = {
     "methods": "list the decoding methods, their options and papers",
     "demo": "measure principle adherence and over-refusal on the bundled model",
     "eval": "measure refusal, preference and judges, and sweep a method's settings",
+    "train": "put a principle into the weights, or task after task with nothing forgotten",
+    "export": "make one plain LoRA, or merged weights, of the adapters of several tasks",
     "report": "put runs of `trueline eval` side by side, as Markdown and HTML",
 }
 

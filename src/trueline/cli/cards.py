@@ -1,0 +1,124 @@
+"""What is written of a distilled model at the end: its numbers, curves and card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trueline.train.folders import RunFolder
+    from trueline.train.recipe import Recipe
+
+PANELS = {
+    "loss": "loss",
+    "kl_to_teacher": "KL to the teacher (nats a token)",
+    "kl_to_reference": "KL to the start (nats a token)",
+    "reward": "reward (mean of a token)",
+    "entropy": "entropy (nats)",
+    "completion_length": "response length (tokens)",
+    "adherence": "principle followed",
+    "over_refusal": "harmless requests refused",
+    "harmful_refusal": "harmful requests refused",
+    "tokens_per_second": "tokens per second",
+}
+"""What curves.png shows, of that which was logged."""
+LAST = 10
+"""The results are means over so many logged steps at the end."""
+
+
+def finish(
+    values: dict[str, Any],
+    recipe: Recipe,
+    folder: RunFolder,
+    rows: int,
+) -> None:
+    """Sum up the log, draw it, and write the card."""
+    from trueline.train.folders import CHECKPOINTS
+    from trueline.train.records import draw_curves, model_card
+    from trueline.train.settings import write_toml
+
+    log = folder.rows()
+    results = summary(log, folder.facts.get("effect"))
+    name = folder.folder.resolve().name
+    what = "all weights" if recipe.full else "a merged LoRA" if recipe.merge else "a LoRA"
+    taught = values.get("principle") or "the principles of its prompts"
+    base = folder.settings["base"]
+    card = model_card(
+        title=name,
+        summary=f"{recipe.model} ({what}), trained by Inverse-Q* (arXiv 2408.14874) to answer as "
+        f'the decoding method "{values.get("teacher")}" does for: {taught}',
+        front={
+            "base_model": recipe.model if "/" in recipe.model else None,
+            "library_name": "transformers" if recipe.full or recipe.merge else "peft",
+            "pipeline_tag": "text-generation",
+            "tags": ["trueline", "inverse-q"],
+        },
+        use=usage(name, recipe),
+        notes=[note(recipe)] if note(recipe) else [],
+        recipe={
+            "base": f"{base['name']}, hash {base['hash']}, {base['dtype']} on {base['device']}",
+            "prompts": f"{rows} rows, SHA-256 {folder.settings['data']['hash'][:16]}",
+            "seed": values["seed"],
+            **folder.settings["versions"],
+        },
+        command=folder.command,
+        config=write_toml(values).strip(),
+        results=results,
+    )
+    (folder.folder / CHECKPOINTS / "README.md").unlink(missing_ok=True)  # TRL's
+    folder.finish(results, card, draw_curves(log, PANELS, name))
+
+
+def summary(log: list[dict[str, Any]], effect: float | None) -> dict[str, Any]:
+    """Return the run's numbers: means over the last logged steps, and the last evaluation."""
+    steps = [row for row in log if "loss" in row]
+    found: dict[str, Any] = {
+        "steps": log[-1]["step"],
+        "seconds": round(log[-1]["seconds"], 1),
+    }
+    if effect is not None:
+        found["teacher's effect at the start, nats a token"] = effect
+    for name in PANELS:
+        values = [row[name] for row in steps[-LAST:] if row.get(name) is not None]
+        if values:
+            found[f"{name}, mean of the last {len(values)} logged"] = sum(values) / len(values)
+    for name in PANELS:
+        held_out = [row[f"eval_{name}"] for row in log if row.get(f"eval_{name}") is not None]
+        if held_out:
+            found[f"{name}, held-out, at the start"] = held_out[0]
+            found[f"{name}, held-out, at the end"] = held_out[-1]
+    return found
+
+
+def note(recipe: Recipe) -> str:
+    """Return how to use the result."""
+    from trueline.train.records import rank_note
+
+    return "" if recipe.full or recipe.merge else rank_note(recipe.lora.rank)
+
+
+def usage(name: str, recipe: Recipe) -> str:
+    """Return Python that loads the result with transformers and PEFT alone."""
+
+    base = (
+        f'"{recipe.model}"' if recipe.model != "tiny" else 'str(files("trueline") / "assets/tiny")'
+    )
+    whole = recipe.full or recipe.merge
+    lines = [
+        *(
+            ["from importlib.resources import files"]
+            if recipe.model == "tiny" and not whole
+            else []
+        ),
+        *(["from peft import PeftModel"] if not whole else []),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+    ]
+    if whole:
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{name}")')
+    else:
+        lines += [
+            f"model = AutoModelForCausalLM.from_pretrained({base})",
+            f'model = PeftModel.from_pretrained(model, "{name}")',
+        ]
+    return "\n".join(lines)

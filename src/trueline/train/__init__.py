@@ -1,0 +1,1 @@
+"""Trainers: weights that keep what decoding showed, task after task."""

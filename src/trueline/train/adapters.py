@@ -1,0 +1,350 @@
+"""A stack of adapters: one LoRA a task, earlier ones merged into the model in memory, one trained.
+
+    stack = AdapterStack.load(["run/task1", "run/task2"])     folders that PEFT wrote
+    model = stack.attach(base, LoraConfig(r=8, ...))          + one fresh adapter named "default"
+    ... train with any trainer (`trueline.train.o_lora` adds the penalty) ...
+    save_adapter(model, "run/task3")
+
+Files stay as they are: each task starts from the untouched base and merges the earlier adapters
+again, so that nothing adds up. `model.disable_adapter()` is then the model after the task before.
+Modules that an adapter saves whole (a classifier's head) are not low rank and cannot be added: the
+last adapter that saves one decides, and the next task's copy starts from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from trueline.data import file_hash
+from trueline.errors import ConfigError, ModelError
+from trueline.methods.inf_lora import outside
+from trueline.methods.o_lora import row_basis
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ODD = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias in lora_B",
+    "trainable_token_indices": "trained tokens",
+    "target_parameters": "LoRA on bare parameters",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "monteclora_config": "MonteCLoRA",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+}
+"""Options of PEFT's LoRA that are more than a product of two matrices, or change the base."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's part of an adapter: dW = scaling b a."""
+
+    a: Tensor
+    """rank x d_in"""
+    b: Tensor
+    """d_out x rank"""
+    scaling: float
+
+    def delta(self) -> Tensor:
+        """Return dW in float32, d_out x d_in."""
+        return self.scaling * (self.b.float() @ self.a.float())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA that PEFT wrote, read back; made by `read_adapter`."""
+
+    folder: Path
+    config: dict[str, Any] = field(repr=False)
+    modules: Mapping[str, LowRank] = field(repr=False)
+    """By the module's name in the base model."""
+    saved: Mapping[str, Tensor] = field(repr=False)
+    """Parameters saved whole, by name: those of `modules_to_save`."""
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank that the configuration gives a module."""
+        pattern = self.config.get("rank_pattern") or {}
+        return int(pattern.get(get_pattern_key(list(pattern), module), self.config["r"]))
+
+    def file_hashes(self) -> dict[str, str]:
+        """Return a hash of each file that decides what the adapter does."""
+        return {name: file_hash(self.folder / name) for name in (CONFIG, WEIGHTS)}
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Return the LoRA in a folder.
+
+    Raises `ModelError` where there is none, or one that is more than a low-rank addition (DoRA, a
+    trained bias, embeddings, convolutions).
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f'Cannot read the adapter in "{folder}": {error} Give a folder with {CONFIG} and '
+            f"{WEIGHTS}."
+        ) from None
+    _refuse(folder, config)
+    patterns = config.get("alpha_pattern") or {}
+    pairs: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name = key.removeprefix(PREFIX)
+        for part in ("a", "b"):
+            if name.endswith(end := f".lora_{part.upper()}.weight"):
+                pairs.setdefault(name.removesuffix(end), {})[part] = tensor
+                break
+        else:
+            if "lora_" in name:
+                raise ModelError(
+                    f'Adapter "{folder}" has "{name}", which is no LoRA on a linear module. Train '
+                    "adapters on linear modules."
+                )
+            saved[name] = tensor
+    modules = {}
+    for module, pair in pairs.items():
+        if set(pair) != {"a", "b"} or any(t.dim() != 2 for t in pair.values()):
+            raise ModelError(
+                f'Adapter "{folder}": module "{module}" has no two matrices. Train adapters on '
+                "linear modules."
+            )
+        rank = pair["a"].shape[0]
+        alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        modules[module] = LowRank(pair["a"], pair["b"], scaling)
+    if not modules:
+        raise ModelError(f'Adapter "{folder}" has no LoRA weights. Save it with save_pretrained.')
+    return Adapter(folder, config, modules, saved)
+
+
+def _refuse(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    odd = [words for name, words in ODD.items() if config.get(name)]
+    if kind != "LORA":
+        odd = [f"the kind {kind}"]
+    elif config.get("bias", "none") != "none":
+        odd.append("a trained bias")
+    if odd:
+        raise ModelError(
+            f'Adapter "{folder}" uses {", ".join(odd)}, which cannot be stacked exactly. Train a '
+            'plain LoRA (bias "none").'
+        )
+
+
+@dataclass(frozen=True)
+class AdapterStack:
+    """Adapters of tasks in the order in which they were learned; may be empty."""
+
+    adapters: tuple[Adapter, ...] = ()
+
+    @classmethod
+    def load(cls, folders: Sequence[str | Path]) -> AdapterStack:
+        """Read the folders; raises `ModelError` where modules of the same name differ in size."""
+        adapters = tuple(read_adapter(folder) for folder in folders)
+        sizes: dict[str, tuple[int, int]] = {}
+        for adapter in adapters:
+            for name, module in adapter.modules.items():
+                size = (module.b.shape[0], module.a.shape[1])
+                if sizes.setdefault(name, size) != size:
+                    raise ModelError(
+                        f'Adapter "{adapter.folder}": module "{name}" is {size[0]} x {size[1]}, '
+                        f"that of an earlier adapter {sizes[name][0]} x {sizes[name][1]}. "
+                        "Stack adapters of one base model."
+                    )
+        return cls(adapters)
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def of(self, module: str) -> list[LowRank]:
+        """Return the parts of every adapter that has the module, oldest first."""
+        return [a.modules[module] for a in self.adapters if module in a.modules]
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """Modules that any adapter has, in the order of the oldest."""
+        return list(dict.fromkeys(name for a in self.adapters for name in a.modules))
+
+    @property
+    def saved(self) -> dict[str, Tensor]:
+        """Parameters saved whole; of several the last adapter's."""
+        return {name: tensor for a in self.adapters for name, tensor in a.saved.items()}
+
+    def past_rows(self, module: str) -> Tensor | None:
+        """Return a of all adapters as one matrix, float32; None where no adapter has the module."""
+        parts = self.of(module)
+        return torch.cat([p.a.float() for p in parts]) if parts else None
+
+    def past_rank(self, module: str) -> int:
+        """Return the sum of ranks that the configurations give the module."""
+        return sum(a.rank_of(module) for a in self.adapters if module in a.modules)
+
+    def file_hashes(self) -> list[dict[str, str]]:
+        """Return the hashes of each adapter's files, to be compared after training."""
+        return [a.file_hashes() for a in self.adapters]
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Add all adapters to the weights of `model`, in place, and return it.
+
+        The changes are summed in float32 and rounded once to the model's dtype. Saved modules are
+        copied. Raises `ModelError` if the model is quantised, ties a weight, lacks a module, or
+        has had a stack merged into it before.
+        """
+        if getattr(model, "_merged_stack", None):
+            raise ModelError(
+                "A stack is already merged into this model. Load the base from its files again."
+            )
+        parts = [(name, _linear(model, name)) for name in self.modules]
+        uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+        for name, module in parts:
+            weight: Any = module.weight
+            if not weight.is_floating_point() or type(weight).__name__ == "Params4bit":
+                raise ModelError(
+                    f'Module "{name}" is quantised, and adapters cannot be merged into it exactly. '
+                    "Load the base without quantisation."
+                )
+            part = self.of(name)[0]
+            size, own = tuple(linear_weight(module).shape), (part.b.shape[0], part.a.shape[1])
+            if size != own:
+                raise ModelError(
+                    f'Module "{name}" is {size[0]} x {size[1]}, the adapter\'s {own[0]} x '
+                    f"{own[1]}. Give the adapter's own base model."
+                )
+            if uses[id(weight)] > 1:
+                raise ModelError(
+                    f'Module "{name}" shares its weight with another, which merging would change '
+                    "too. Leave it out of `target_modules`."
+                )
+        with torch.no_grad():
+            for name, module in parts:
+                weight = module.weight
+                delta = sum(p.delta().to(weight.device) for p in self.of(name))
+                if is_conv1d(module):
+                    delta = delta.T  # type: ignore[union-attr]
+                weight.copy_((weight.float() + delta).to(weight.dtype))
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            buffers = dict(model.named_buffers())
+            for name, tensor in self.saved.items():
+                target = parameters.get(name, buffers.get(name))
+                if target is None or target.shape != tensor.shape:
+                    found = "has none" if target is None else f"has {tuple(target.shape)}"
+                    raise ModelError(
+                        f'The adapters saved "{name}" of {tuple(tensor.shape)}, the model {found}. '
+                        "Load the base with the same head."
+                    )
+                target.copy_(tensor)
+        if self.adapters:
+            model._merged_stack = self.file_hashes()  # type: ignore[assignment]
+        return model
+
+    def attach(
+        self, model: Any, config: LoraConfig, *, orthogonal_start: bool = False
+    ) -> PeftModel:
+        """Merge the stack into `model` and put one fresh adapter, named "default", on it.
+
+        Args:
+            model: The untouched base, changed in place.
+            config: Of the new adapter; its rank, alpha and targets may differ from earlier ones.
+            orthogonal_start: Take out of the fresh a what lies in the span of earlier rows, as far
+                as the width leaves room, and restore its rows' lengths. b is 0 either way.
+        """
+        if isinstance(model, PeftModel):
+            raise ConfigError("`model` has an adapter already. Give the untouched base model.")
+        self.merge(model)
+        with _conv1d_is_known():
+            peft = get_peft_model(model, config)
+        if orthogonal_start:
+            for name, layer in adapter_layers(peft).items():
+                _leave_span(layer.lora_A["default"].weight, self.past_rows(name))
+        return peft
+
+
+def _leave_span(a: Tensor, past: Tensor | None) -> None:
+    if past is None:
+        return
+    basis = row_basis(past)
+    if basis.shape[1] - len(basis) < len(a):
+        return
+    with torch.no_grad():
+        rows = outside(a.float(), basis.to(a.device))
+        lengths = a.float().norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
+        a.copy_(rows * lengths)
+
+
+def adapter_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
+    """Return the layers that have the adapter, by their names in the base model."""
+    return {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if adapter in getattr(module, "lora_A", {})
+    }
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> Path:
+    """Write the trained adapter in PEFT's own format and return its folder."""
+    folder = Path(folder)
+    # Embeddings are never trained here; "auto" would ask the hub whether they were.
+    model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    return folder
+
+
+def _linear(model: nn.Module, name: str) -> Any:
+    """Return the linear module of this name."""
+    try:
+        module: Any = model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(
+            f'The model has no module "{name}", which an adapter changes. Give its own base model.'
+        ) from None
+    if not isinstance(module, torch.nn.Linear) and not is_conv1d(module):
+        raise ModelError(
+            f'Module "{name}" is a {type(module).__name__}; adapters can be merged into linear '
+            "modules only."
+        )
+    return module
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """Return a linear module's weight as d_out x d_in, also of a Conv1D and under an adapter."""
+    inner: Any = getattr(module, "base_layer", module)
+    weight: Tensor = inner.weight
+    return weight.T if is_conv1d(inner) else weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is GPT-2's Conv1D: a linear one with a transposed weight."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+@contextlib.contextmanager
+def _conv1d_is_known() -> Iterator[None]:
+    """PEFT sets fan_in_fan_out for Conv1D by itself, and warns that it does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        yield

@@ -1,0 +1,168 @@
+"""Export: the adapters of T tasks as one plain LoRA, or merged into the weights.
+
+    export(AdapterStack.load(folders), "run/one")                     one LoRA of rank T x r
+    export(AdapterStack.load(folders), "run/model", form="merged")    a model's folder
+
+Both are exact: what PEFT, transformers or vLLM load is the stacked model. One LoRA has the rows of
+every a above one another and the columns of every b side by side, so that b a is the sum of all.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trueline.errors import ConfigError, ModelError
+from trueline.train.adapters import CONFIG, PREFIX, WEIGHTS, AdapterStack, LowRank
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    folder: Path
+    form: str
+    tasks: int
+    rank: int | None = None
+    """Of the one LoRA; None for merged weights."""
+    vllm_max_lora_rank: int | None = None
+    """The --max-lora-rank that vLLM needs; None if it takes no rank so high, or saved modules."""
+
+    def __str__(self) -> str:
+        if self.form == "merged":
+            return f"{self.folder}: {self.tasks} tasks merged into the weights"
+        text = f"{self.folder}: {self.tasks} tasks as one LoRA of rank {self.rank}; "
+        if self.vllm_max_lora_rank is None:
+            return text + "vLLM cannot load it (rank above 512, or modules saved whole)"
+        return text + f"vLLM: --max-lora-rank {self.vllm_max_lora_rank}"
+
+
+def export(
+    stack: AdapterStack, to: str | Path, form: str = "lora", *, model: Any = None
+) -> Exported:
+    """Write T adapters as one plain LoRA of rank T x r, or merged into the weights.
+
+    Args:
+        stack: What to export, one adapter at least.
+        to: A new or empty folder.
+        form: "lora" (PEFT's format; module ranks that differ are filled up with zeros, since not
+            every loader knows rank and alpha patterns) or "merged" (a model folder).
+        model: For "merged": the untouched base, a folder or a model. By default the folder that
+            the adapters name. A model is copied, not changed; a folder's tokenizer goes along.
+
+    Raises:
+        ConfigError: `form`, an empty stack, or a folder with files in it.
+        ModelError: The base cannot be loaded or does not fit.
+    """
+    to = Path(to)
+    if form not in ("lora", "merged"):
+        raise ConfigError(f'`form` must be "lora" or "merged", got "{form}".')
+    if not len(stack):
+        raise ConfigError("There are no adapters to export. Give at least one.")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f'"{to}" exists and is not an empty folder. Give a new one.')
+    return _export_lora(stack, to) if form == "lora" else _export_merged(stack, to, model)
+
+
+def _export_lora(stack: AdapterStack, to: Path) -> Exported:
+    rank = max(sum(len(p.a) for p in stack.of(name)) for name in stack.modules)
+    scalings = {p.scaling for name in stack.modules for p in stack.of(name)}
+    common = scalings.pop() if len(scalings) == 1 else 1.0
+    alpha = common * rank
+    # One scaling for all keeps every number as trained; otherwise it goes into b, alpha = rank.
+    if abs(alpha - round(alpha)) > 1e-9 * alpha:
+        common, alpha = 1.0, float(rank)
+    state = {}
+    for name in stack.modules:
+        parts = stack.of(name)
+        a = torch.cat([p.a for p in parts])
+        b = torch.cat([_scaled(p, common) for p in parts], dim=1)
+        fill = rank - len(a)
+        state[f"{PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, fill))
+        state[f"{PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(b, (0, fill))
+    state |= {PREFIX + name: tensor for name, tensor in stack.saved.items()}
+    last = stack.adapters[-1].config
+    kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "peft_version")
+    config = {key: last[key] for key in kept if key in last} | {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": round(alpha),
+        "target_modules": _targets(stack),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "modules_to_save": _saved_modules(stack),
+    }
+    to.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, to / WEIGHTS, {"format": "pt"})
+    (to / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    fits = [r for r in VLLM_RANKS if r >= rank and not stack.saved]
+    return Exported(to, "lora", len(stack), rank, fits[0] if fits else None)
+
+
+def _scaled(part: LowRank, common: float) -> Tensor:
+    """Return b with what its scaling differs from the common one, without losing precision."""
+    factor = part.scaling / common
+    return part.b if factor == 1 else part.b.float() * factor
+
+
+def _targets(stack: AdapterStack) -> list[str]:
+    """Return `target_modules`: the adapters' own words where they mean the same, or full names."""
+    limits = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    configs = [a.config for a in stack.adapters]
+    if any(c.get(limit) for c in configs for limit in limits) or any(
+        not isinstance(c["target_modules"], list) for c in configs
+    ):
+        return sorted(stack.modules)
+    return sorted({target for c in configs for target in c["target_modules"]})
+
+
+def _saved_modules(stack: AdapterStack) -> list[str] | None:
+    """Return the words for modules saved whole that match one which is there."""
+    words = {w for a in stack.adapters for w in a.config.get("modules_to_save") or ()}
+    owners = {name.rpartition(".")[0] for name in stack.saved}
+    used = {w for w in words for o in owners if f".{o}.".find(f".{w}.") >= 0}
+    return sorted(used) or None
+
+
+def _export_merged(stack: AdapterStack, to: Path, model: Any) -> Exported:
+    tokenizer = None
+    if isinstance(model, (str, Path)) or model is None:
+        source = model or stack.adapters[-1].config.get("base_model_name_or_path")
+        if not source:
+            raise ConfigError("The adapters do not name their base model. Give `model`.")
+        model, tokenizer = load_base(source)
+    else:
+        model = copy.deepcopy(model)
+    stack.merge(model)
+    model.save_pretrained(to)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(to)
+    return Exported(to, "merged", len(stack))
+
+
+def load_base(folder: str | Path) -> tuple[Any, Any]:
+    """Return the model in a folder as the class it was saved from, and its tokenizer or None."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        name = (config.architectures or ["none"])[0]
+        model = getattr(transformers, name).from_pretrained(folder, dtype="auto")
+    except (OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f'Cannot load the base model "{folder}": {reason}') from error
+    try:
+        return model, transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        return model, None

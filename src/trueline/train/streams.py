@@ -1,0 +1,360 @@
+"""Streams of tasks from files: the TOML of a stream, and the data behind its tasks.
+
+    title = "five tasks"                  # optional
+    data = "../shared/data/cl_benchmark"  # has a folder for each task; relative to this
+    order = "order-1"                     # a preset of the paper, or a list of task names
+    leave_out = ["yahoo"]                 # tasks of the order to do without
+
+    [prompt]                              # which lines the model is shown, see PromptForm
+    instruction = true
+    options = true
+    task_lines = false
+
+    [defaults]                            # settings of every task, see TaskSettings
+    limit = 500
+    lambda_1 = 0.5
+
+    [tasks.amazon]                        # a task in the data folder: only what differs
+    lambda_1 = 0.1
+    instruction = "How does the buyer like it?"
+
+    [tasks.colours]                       # rows in JSONL files
+    train = "colours/train.jsonl"
+    test = "colours/test.jsonl"
+    validation = "colours/dev.jsonl"      # optional
+    text = ["question", "context"]        # columns, default "sentence"; several are named in a row
+    label = "answer"                      # column, default "label"
+    labels = ["red", "green"]             # default: those of the training rows
+    category = "TC"                       # takes the category's instruction
+
+    [tasks.emotions]                      # a Hugging Face data set: a local folder or a hub name
+    dataset = "dair-ai/emotion"
+    config = "split"                      # optional
+    splits = {train = "train", validation = "validation", test = "test"}
+    text = "text"
+
+Without `order` the tasks come as they stand under `[tasks]`. A task in the data folder has CL_
+Benchmark's layout: `train`, `validation` and `test.jsonl` with `sentence` and `label`,
+`labels.json` (a list), and `category.txt` with a key of `INSTRUCTIONS`. Rows with the label "-" (no
+agreed label, as in MNLI) are left out. Paths are relative to the
+TOML file. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from trueline.data import read_jsonl
+from trueline.errors import ConfigError, DataError, suggestion
+from trueline.train.settings import read_toml
+from trueline.train.tasks import (
+    INSTRUCTIONS,
+    Example,
+    PromptForm,
+    Task,
+    TaskSettings,
+    normalise,
+    order_names,
+)
+
+SPLITS = ("train", "validation", "test")
+SETTINGS = [f.name for f in fields(TaskSettings)]
+TOP = ("title", "data", "order", "leave_out", "prompt", "defaults", "tasks")
+COLUMNS = ("text", "label", "labels", "instruction", "category")
+TASK = (*SPLITS, "dataset", "config", "splits", *COLUMNS, *SETTINGS)
+MOST_LABELS = 100
+"""More different labels than this in the training rows are taken for a mistake in the column."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order in which they are trained, and how the model is asked."""
+
+    tasks: tuple[Task, ...]
+    prompt: PromptForm = field(default_factory=PromptForm)
+    title: str = ""
+
+
+def read_stream(path: str | Path, *, data: str | Path | None = None) -> Stream:
+    """Return the stream of a TOML file; see the module for what it may hold.
+
+    Args:
+        path: The file.
+        data: Replaces the file's `data` folder.
+
+    Raises:
+        ConfigError: Unknown or wrong keys.
+        DataError: The file is no TOML, or the data of a task are missing or broken.
+    """
+    path = Path(path)
+    return stream_from(read_toml(path), path.parent, data=data, source=str(path))
+
+
+def stream_from(
+    content: Mapping[str, Any],
+    folder: str | Path = ".",
+    *,
+    data: str | Path | None = None,
+    source: str = "the stream",
+) -> Stream:
+    """Return the stream of a TOML file's content; paths are relative to `folder`."""
+    folder = Path(folder)
+    _known(content, TOP, source)
+    tables = {
+        name: _typed(content, name, dict, "a table", source) or {}
+        for name in ("prompt", "defaults", "tasks")
+    }
+    _known(tables["prompt"], [f.name for f in fields(PromptForm)], f"[prompt] of {source}")
+    _known(tables["defaults"], SETTINGS, f"[defaults] of {source}")
+    defaults = TaskSettings(**tables["defaults"])
+    own: dict[str, Mapping[str, Any]] = {}
+    for name, table in tables["tasks"].items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{source}: `tasks.{name}` must be a table, got {table!r}.")
+        _known(table, TASK, f"[tasks.{name}] of {source}")
+        own[name] = table
+    if data is None and (text := _typed(content, "data", str, "a folder", source)) is not None:
+        data = folder / Path(text).expanduser()
+    root = None if data is None else Path(data)
+    names = _names(content, own, source)
+    missing = [n for n in names if not _has_source(own.get(n, {})) and not _is_task(root, n)]
+    if missing:
+        where = f'in "{root}"' if root is not None else "(no `data` folder is given)"
+        raise DataError(
+            f"{source}: no data for {', '.join(missing)} {where}. To do without, write "
+            f"leave_out = {json.dumps(missing)}."
+        )
+    tasks = [read_task(n, own.get(n, {}), folder=folder, root=root, defaults=defaults)
+             for n in names]  # fmt: skip
+    title = _typed(content, "title", str, "a text", source) or ""
+    return Stream(tuple(tasks), PromptForm(**tables["prompt"]), title)
+
+
+def preset(
+    order: str | Sequence[str],
+    root: str | Path,
+    *,
+    leave_out: Sequence[str] = (),
+    settings: TaskSettings | None = None,
+) -> list[Task]:
+    """Return the tasks of one of the paper's orders, or of a list of names, from a data folder.
+
+    Raises `DataError` naming the tasks that the folder lacks, unless they are in `leave_out`.
+    """
+    content = {"order": order if isinstance(order, str) else list(order),
+               "leave_out": list(leave_out)}  # fmt: skip
+    tasks = stream_from(content, data=root, source=f'Order "{order}"').tasks
+    if settings is None:
+        return list(tasks)
+    return [replace(task, settings=settings) for task in tasks]
+
+
+def read_task(
+    name: str,
+    table: Mapping[str, Any] | None = None,
+    *,
+    folder: Path = Path("."),
+    root: Path | None = None,
+    defaults: TaskSettings | None = None,
+) -> Task:
+    """Return one task: `table` as under `[tasks.NAME]`, or empty for one in the data folder."""
+    table = table or {}
+    settings = TaskSettings(**{k: v for k, v in table.items() if k in SETTINGS})
+    category, labels = table.get("category", ""), table.get("labels")
+    if "dataset" in table:
+        found, known = _from_datasets(name, table, folder)
+        labels = labels or known
+    elif "train" in table:
+        paths = {s: folder / Path(str(table[s])).expanduser() for s in SPLITS if s in table}
+        found = {split: list(_from_file(path, table)) for split, path in paths.items()}
+    else:
+        if root is None:
+            raise DataError(f'Task "{name}" has no `train`, no `dataset`, and no `data` folder.')
+        found, labels, kept = _from_layout(root / name, table)
+        category = category or kept
+    if labels is None:
+        labels = sorted({str(label) for _, _, label in found["train"]})
+        if len(labels) > MOST_LABELS:
+            raise DataError(
+                f'Task "{name}" has {len(labels)} different labels in its training rows. Name the '
+                "right column by `label`, or give `labels`."
+            )
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ConfigError(f'`labels` of task "{name}" must be a list of texts, got {labels!r}.')
+    if "instruction" not in table and category and category not in INSTRUCTIONS:
+        raise ConfigError(
+            f'Task "{name}" has the category "{category}" and no instruction.'
+            f"{suggestion(category, INSTRUCTIONS)}"
+        )
+    spelled = {normalise(label): label for label in labels}
+    parts = {s: _examples(found.get(s, ()), labels, spelled) for s in SPLITS}
+    if not parts["test"]:
+        raise DataError(f'Task "{name}" has no test rows. Give `test`.')
+    return Task(
+        name,
+        parts["train"],
+        parts["validation"],
+        parts["test"],
+        tuple(labels),
+        table.get("instruction", INSTRUCTIONS.get(category, "")),
+        category,
+        settings if defaults is None else settings.over(defaults),
+    )
+
+
+NO_LABEL = "-"
+"""How MNLI marks a row on whose label its annotators did not agree; such rows are left out."""
+Row = tuple[str, str, Any]
+"""Where it is from, sentence, label as it stands there."""
+
+
+def _from_layout(folder: Path, table: Mapping[str, Any]) -> tuple[dict, list[str], str]:
+    found = {
+        split: list(_from_file(path, table))
+        for split in SPLITS
+        if (path := folder / f"{split}.jsonl").exists() or split != "validation"
+    }
+    labels = table.get("labels")
+    try:
+        if labels is None:
+            labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        path = folder / "category.txt"
+        category = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    except OSError as error:
+        raise DataError(f"{folder / 'labels.json'}: cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise DataError(f"{folder / 'labels.json'}: not JSON: {error}.") from None
+    return found, labels, category
+
+
+def _from_file(path: Path, table: Mapping[str, Any]) -> Iterable[Row]:
+    for line, row in read_jsonl(path):
+        yield _row(f"{path}:{line}", row, table)
+
+
+def _from_datasets(
+    name: str, table: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, list[Row]], list[str] | None]:
+    """Return the rows of a Hugging Face data set, and the names of its labels if it has them."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            "A Hugging Face data set needs the package datasets. Install it: "
+            "pip install 'trueline[train]'"
+        ) from None
+    source, splits = str(table["dataset"]), table.get("splits", {s: s for s in SPLITS})
+    _known(splits, SPLITS, f"`splits` of [tasks.{name}]")
+    local = folder / Path(source).expanduser()
+    try:
+        if any((local / f).exists() for f in ("dataset_dict.json", "state.json")):
+            whole: Any = datasets.load_from_disk(str(local))
+        else:
+            whole = datasets.load_dataset(
+                str(local) if local.is_dir() else source, table.get("config")
+            )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f'Task "{name}": cannot load data set "{source}": {reason}') from None
+    if not isinstance(whole, datasets.DatasetDict):
+        raise DataError(f'Task "{name}": data set "{source}" has no splits. It needs "train".')
+    given = table.get("splits", {})
+    found: dict[str, list[Row]] = {}
+    names: list[str] | None = None
+    for split, key in splits.items():
+        if key not in whole:
+            if split in given or split != "validation":
+                raise DataError(
+                    f'Task "{name}": data set "{source}" has no split "{key}", but '
+                    f"{', '.join(whole)}. Name them by `splits`."
+                )
+            continue
+        feature = whole[key].features.get(table.get("label", "label"))
+        if names is None and hasattr(feature, "names"):
+            names = list(feature.names)
+        where = f"{source}[{key}]"
+        found[split] = [_row(f"{where}:{i}", row, table) for i, row in enumerate(whole[key])]
+    return found, names
+
+
+def _row(where: str, row: Mapping[str, Any], table: Mapping[str, Any]) -> Row:
+    """Return a row with its columns read; a list of columns is written as "column: value" lines."""
+    columns, label = table.get("text", "sentence"), table.get("label", "label")
+    for column in (*([columns] if isinstance(columns, str) else columns), label):
+        if row.get(column) is None:
+            raise DataError(
+                f'{where}: missing field "{column}"; the row has {", ".join(row)}. Name the '
+                "columns by `text` and `label`."
+            )
+    if isinstance(columns, str):
+        return where, str(row[columns]), row[label]
+    return where, "\n".join(f"{column}: {row[column]}" for column in columns), row[label]
+
+
+def _examples(
+    rows: Iterable[Row], labels: Sequence[str], spelled: Mapping[str, str]
+) -> tuple[Example, ...]:
+    """Return checked examples; a whole number is the place of a label, True and False are texts."""
+    examples = []
+    for where, sentence, label in rows:
+        if label == NO_LABEL and NO_LABEL not in labels:
+            continue
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
+            text = labels[label] if str(label) not in labels else str(label)
+        else:
+            text = spelled.get(normalise(str(label)), str(label))
+        if text not in labels:
+            raise DataError(f'{where}: label "{label}" is not one of {", ".join(labels)}.')
+        if not sentence.strip():
+            raise DataError(f"{where}: the sentence is empty.")
+        examples.append(Example(sentence, text))
+    return tuple(examples)
+
+
+def _names(content: Mapping[str, Any], own: Mapping[str, Any], source: str) -> list[str]:
+    """Return the names of the tasks to train, in their order."""
+    order, leave_out = content.get("order"), content.get("leave_out", [])
+    for key, value in (("order", order), ("leave_out", leave_out)):
+        if value is None or (key == "order" and isinstance(value, str)):
+            continue
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise ConfigError(f"{source}: `{key}` must be a list of task names, got {value!r}.")
+    names = list(own) if order is None else order_names(order)
+    if stray := [name for name in leave_out if name not in names]:
+        raise ConfigError(f'{source}: `leave_out` names "{stray[0]}".{suggestion(stray[0], names)}')
+    if double := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f'{source}: task "{double[0]}" stands in the order twice.')
+    names = [name for name in names if name not in leave_out]
+    if stray := [name for name in own if name not in names and name not in leave_out]:
+        raise ConfigError(
+            f'{source}: task "{stray[0]}" has settings, but the order has none of that name.'
+            f"{suggestion(stray[0], names)}"
+        )
+    if not names:
+        raise ConfigError(f"{source} has no tasks. Give `order`, or tables [tasks.NAME].")
+    return names
+
+
+def _has_source(table: Mapping[str, Any]) -> bool:
+    return "train" in table or "dataset" in table
+
+
+def _is_task(root: Path | None, name: str) -> bool:
+    return root is not None and (root / name / "train.jsonl").is_file()
+
+
+def _known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise ConfigError(f'Unknown key "{key}" in {where}.{suggestion(key, known)}')
+
+
+def _typed(content: Mapping[str, Any], key: str, kind: type, what: str, source: str) -> Any:
+    value = content.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{source}: `{key}` must be {what}, got {value!r}.")
+    return value
