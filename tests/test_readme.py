@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -19,6 +20,10 @@ SHELL = [
     for line in block.splitlines()
     if line.startswith("trueline ")
 ]
+FIRST = next(i for i, line in enumerate(SHELL) if line.startswith("trueline train"))
+LAST = next(i for i, line in enumerate(SHELL) if line.startswith("trueline export"))
+TRAINING = SHELL[FIRST : LAST + 1]
+"""One after the other: each needs what those before it wrote."""
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -26,7 +31,7 @@ def test_python_blocks_run(code, capsys):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("line", SHELL)
+@pytest.mark.parametrize("line", SHELL[:FIRST] + SHELL[LAST + 1 :])
 def test_shell_lines_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = '{"prompt": "What is the moon?"}\n{"prompt": "Hello!", "id": "b"}\n'
@@ -38,6 +43,25 @@ def test_shell_lines_run(line, tmp_path, monkeypatch, capsys):
     assert shown.out or "2 rows" in shown.err
 
 
+def test_what_is_trained_is_used_and_exported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, rows):
+        Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    write("prompts.jsonl", [{"prompt": f"What is the {x}?"} for x in ("moon", "sun", "sea", "sky")])
+    stream = ""
+    for task, labels in {"colour": ("red", "blue"), "size": ("small", "big")}.items():
+        write(f"{task}.jsonl", [{"sentence": f"thing {x}", "label": x} for x in labels])
+        stream += f'[tasks.{task}]\ntrain = "{task}.jsonl"\ntest = "{task}.jsonl"\n'
+    Path("stream.toml").write_text(stream)
+    few = {"inverse-q": ["--steps", "1", "--batch-size", "2"], "o-lora": ["--batch-size", "2"]}
+    for line in TRAINING:
+        words = shlex.split(line)[1:]
+        assert main(words + few.get(words[1], [])) == 0
+    assert (tmp_path / "one" / "adapter_model.safetensors").exists()
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
@@ -46,7 +70,12 @@ def test_links_lead_somewhere():
 def test_every_file_has_its_role():
     table = README.split("## Where everything is")[1].split("\n## ")[0]
     named = set(re.findall(r"`([^`]+)`", table))
-    for folder in ("src/trueline", "src/trueline/methods", "src/trueline/cli"):
+    for folder in (
+        "src/trueline",
+        "src/trueline/methods",
+        "src/trueline/train",
+        "src/trueline/cli",
+    ):
         for path in (ROOT / folder).glob("*.py"):
             name = str(path.relative_to(ROOT / "src/trueline"))
             assert name in named, f"{name} has no row in the README's table"
