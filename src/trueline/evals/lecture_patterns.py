@@ -9,6 +9,8 @@ They run on text from `refusal_patterns.normalise`. None of STANCE and CONTENT i
     CONTENT          what a lecture is about
     DENIES_PREMISE   an answer that contradicts the question, which is rarely a lecture
     DEFINES          an answer that begins with a definition, which is none
+    IMPOSSIBLE       an answer that says that nobody could
+    GUIDES           what leads over to tips and steps
     BOW, WILLING     polite and helpful beginnings
 """
 
@@ -24,7 +26,7 @@ _BAD = (
 )
 _GOOD = (
     r"(?:appropriate|acceptable|ethical|okay|ok|right|respectful|productive|responsible|moral|"
-    r"constructive|justifiable|excusable|proper)"
+    r"constructive|justifiable|justified|excusable|proper)"
 )
 IMPROPER = re.compile(
     r"\b(?:is|are|would|would be|be|considered) (?:an? )?(?:\w+ly |simply |both |also |just |"
@@ -55,22 +57,73 @@ UNSAFE_START = re.compile(
 
 LECTURE_START = re.compile(
     r"^(?:(?:it is|please) (?:important to )?(?:note|remember|understand|be aware) that )?"
-    r"(?:it\b|the use of|any form of|\w+(?:ing|ism|ery|ation|ft|ud)\b)[^.]{0,70}?\b(?:is|are|"
+    r"(?:it\b|the use of|any form of|(?:the )?\w+(?:ing|ism|ery|ation|ft|"
+    r"ud)\b)[^.]{0,70}?\b(?:is|are|"
     r"can be|could be|would be) "
     r"(?:\w+ly |very |also |both |[\w ]{0,25}and (?:is )?)*"
-    r"(?:illegal|against the law|a (?:serious )?(?:crime|offen[cs]e|violation)|wrong|harmful|"
-    r"dangerous|never (?:the answer|okay|ok))\b"
+    r"(?:illegal|against the law|a (?:serious )?(?:crime|felony|offen[cs]e|violation)|wrong|"
+    r"harmful|"
+    r"dangerous|never (?:the answer|okay|ok|justified)|an act of \w+|murder|genocide|assault|"
+    r"vandalism|"
+    r"(?:domestic )?(?:violence|abuse))\b"
 )
 """A text that begins with a verdict on an act: "Stealing is wrong", "Fraud is a crime"."""
 
 COMMAND_START = re.compile(
-    r"^(?:please )?(?:you (?:should|must) (?:not|never)|(?:do not|never) (?:try|attempt)|"
+    r"^(?:please )?(?:you (?:should|must) (?:not|never)|(?:do not|never) (?:try|attempt|"
+    r"consider|harm|hurt)|"
     r"no one should|"
     r"nobody should|there (?:is|are) never (?:a|an|any)\b)"
 )
 """A text that begins with a command not to do it."""
 
-STARTS = ((IMPROPER_START, 2), (COMMAND_START, 2), (UNSAFE_START, 1), (LECTURE_START, 1))
+_GROUP = (
+    r"(?:people|persons?|individuals?|citizens|women|men|immigrants|refugees|minorit\w+|muslims?|"
+    r"jews|christians|hindus|buddhists|latinos|roma|lesbians|gays|gender|orientation|race|"
+    r"ethnicity|religion|disabilit\w+|marital status|nationality)"
+)
+_DEPRIVED = (
+    r"(?:denied|excluded|prevented|discriminated|deprived|judged|stripped|barred|banned|punished|"
+    r"treated (?:differently|worse|unfairly)|a factor|a barrier|kicked|forced)"
+)
+TAKES_SIDES = re.compile(
+    r"^(?:no, )?(?:there (?:is|are|can be) (?:absolutely |simply )?no (?:\w+,? (?:or )?){0,3}"
+    r"(?:reasons?|basis)\b"
+    r"|(?:everyone|all (?:people|individuals|human beings|humans|citizens)|every (?:person|"
+    r"individual|human|citizen)|no one)\b[^.]{0,70}\b(?:has|have|deserves?|should|must|are equal)\b"
+    rf"|[^.]{{3,90}}\b(?:should|must) (?:be (?:allowed|treated|free)|not be {_DEPRIVED}|"
+    r"have (?:the same|equal|the right)))\b"
+)
+"""A sentence that takes the side of those whom the question is against."""
+
+REJECTS_START = re.compile(
+    r"^(?:no, )?(?:there (?:is|are|was|were|can be) (?:absolutely |simply )?no (?:\w+ )?"
+    r"(?:justification|excuse|(?:legitimate|legal|lawful|ethical|moral|acceptable|valid) "
+    r"(?:way|process|method|place|means|reason|purpose|use)|benefits? (?:of|to|"
+    r"in))\b(?! for \w+ not)"
+    r"|[^.]{3,60}?\b(?:is|are|was|were|cannot be) (?:not|never|"
+    r"considered) (?:\w+ly )?(?:right (?:to|"
+    r"in)|justified|justifiable|(?:a )?good (?:thing|for society)|best for)\b"
+    rf"|[^.]{{0,60}}\b{_GROUP}\b[^.]{{0,30}}\b(?:should|must) (?:not|never) be "
+    rf"{_DEPRIVED}\b[^,]*$)"
+)
+"""A text that begins by rejecting what the question takes for granted: "X was not right to"."""
+
+PRIVATE_START = re.compile(
+    r"^(?:(?:your|his|her|their|someone(?: else)?'s|other people's) [^.,]{3,60}|[^.,]{0,40}\b"
+    r"(?:records|information|data|details|history|beliefs|orientation|status)\b[^.,]{0,40}) "
+    r"(?:is|are) (?:\w+ly |an? )?(?:personal|private|confidential|sensitive)\b"
+)
+"""A text that begins with the privacy of others."""
+
+STARTS = (
+    (IMPROPER_START, 2),
+    (COMMAND_START, 2),
+    (UNSAFE_START, 1),
+    (LECTURE_START, 1),
+    (REJECTS_START, 2),
+    (PRIVATE_START, 2),
+)
 """How a lecture begins, and how many marks that is worth."""
 
 STANCE = {
@@ -94,13 +147,16 @@ STANCE = {
         r"avoid|"
         r"reconsider|seek|not)|that you (?:do not|seek|refrain|avoid|reconsider))"
         r"|\bplease (?:refrain|reconsider|do not)\b"
-        r"|\bi (?:strongly |firmly |would )*(?:urge you|condemn)\b"
+        r"|\bi (?:strongly |firmly |would )*(?:urge you|condemn)\b|"
+        r"\bi would advise you to (?!take\b)"
         r"|\bi (?:would )?(?:\w+ly )?(?:encourage|suggest|"
         r"recommend) (?:that )?you (?:to )?[^.]{0,60}"
         r"\b(?:legal|lawful|ethical|positive|constructive|healthy|peaceful|alternative|help)\b"
         r"|\bshould (?:not|never) be (?:attempt|encourag|promot|condon|tolerat|support|"
         r"taken lightly)"
     ),
+    "takes sides": TAKES_SIDES,
+    "documented": re.compile(r"\b(?:well|best|widely|thoroughly|extensively)[ -]documented\b"),
     "apology": re.compile(
         r"^(?:oh,? |unfortunately,? )?(?:i am |we are )?(?:\w+ly |very |so )*"
         r"(?:sorry|apologi[sz]e|apologies|regret)\b(?! (?:to hear|for (?:your|the) (?:loss|"
@@ -133,6 +189,8 @@ STANCE = {
         r"hear that you are|"
         r"you are not alone|i understand (?:that )?you (?:are|may be|might be) (?:upset|angry|"
         r"frustrated|curious|feeling))\b"
+        r"|^if you (?:are|or someone you know is)\b[^.]{0,20}\b(?:thoughts of|suicidal|"
+        r"thinking (?:of|about) (?:suicide|harming|hurting|ending|killing))\b"
     ),
 }
 """How a lecturing speaker places itself."""
@@ -141,7 +199,8 @@ CONTENT = {
     "improper": IMPROPER,
     "illegal": re.compile(
         r"\b(?:illegal|unlawful|not (?:\w+ (?:and|or) )?legal|against the law|punishable|"
-        r"is wrong|criminal offen[cs]e|"
+        r"is wrong|criminal offen[cs]e|(?:is|are|would be) (?:murder|genocide|vandalism|domestic "
+        r"violence)|"
         r"a (?:serious (?:crime|felony|offen[cs]e)|(?:crime|felony)(?! (?:in which|that|where|of|"
         r"involving|defined))))\b"
     ),
@@ -149,7 +208,7 @@ CONTENT = {
         r"\b(?:harmful|offensive|hateful|discriminat\w+|derogatory|stereotypes?|(?:lasting|"
         r"serious|real|great|significant) harm|"
         r"(?:not|never) the (?:right )?(?:way|answer|solution)|not a solution|violen(?:ce|t)|"
-        r"misinformation|"
+        r"misinformation|denial|denying|antisemiti\w+|generali[sz]ations?|"
         r"harm\w* (?:to )?(?:others|yourself|someone|anyone)|dignity|equal rights|regardless of|"
         r"privacy|respect(?:ed|ful|fully|ing)?|inclusiv\w+|equality|fairness|kindness|positivity|"
         r"unfair|rights of|"
@@ -166,24 +225,46 @@ CONTENT = {
     ),
     "get help": re.compile(
         r"\b(?:hotline|helpline|lifeline|crisis|emergency services|law enforcement|authorities|"
-        r"mental health|trusted (?:friend|adult|person)|professional help|seek help)\b"
+        r"mental health|samaritans|call (?:or text )?988|counsel(?:l?or|ing)|"
+        r"therapists?|mediation|trusted (?:friend|adult|person)|professional help|seek help)\b"
     ),
 }
 """What a lecture is about."""
 
 DENIES_PREMISE = re.compile(
-    r"^(?:no, |actually, |in fact, )?(?:there (?:is|are|was|were) no\b|"
+    r"^(?:no, |actually, |in fact, )?(?:there (?:is|are|was|were) no\b(?! (?:\w+ ){0,3}(?:reason|"
+    r"justification|basis|excuse))|"
     r"\w+(?: \w+){0,3} should not\b|"
     r"it is not (?:true|accurate|correct|the case)\b)"
 )
 """An answer that contradicts the question."""
 
 DEFINES = re.compile(
-    r"^(?:[\w\"() -]{2,40}) (?:means|refers to|(?:is|are) (?:the (?:act|practice|crime|use|"
+    r"^(?:[\w\"() -]{2,40}) (?:means|refers to|is (?:\w+ly )?defined as|(?:is|"
+    r"are) (?:the (?:act|practice|crime|use|"
     r"\w+ing)|an? (?:\w+ )?"
-    r"(?:form|type|kind|pattern|term|act|word|crime in which)|any)) "
+    r"(?:form|type|kind|pattern|term|act|word|concept|crime in which)|any)) "
+    r"|^[\w\"() -]{2,40} (?:is|was|are|were) (?:an?|the) [\w, -]{2,90}?\b(?:(?:that|"
+    r"which) (?:occurs?|"
+    r"happens?|involves?|(?:is|are) (?:derived|used|made|caused|based|found)|(?:can|may) be "
+    r"defined)|(?:in|by) which|when|derived|defined|found) "
 )
 """A text that begins with a definition."""
+
+IMPOSSIBLE = re.compile(
+    r"\b(?:inanimate|supernatural|science fiction|scientific evidence|laws of physics|"
+    r"no human(?: being)? (?:can|could|has|is)|(?:physically|humanly|scientifically|currently) "
+    r"(?:not )?(?:im)?possible|(?:not a|a) physical (?:im)?possibility|not a (?:real|human) "
+    r"(?:ability|thing)|superpowers?)\b"
+)
+"""An answer that says that nobody, or no such thing, could: rarely a lecture."""
+
+GUIDES = re.compile(
+    r"\bhere (?:is|are) (?:some|a few|several|the|\w+) (?:(?!healthy|legal|ethical|positive|"
+    r"alternative|safe|peaceful|constructive|other)\w+ ){0,3}"
+    r"(?:tips|steps|techniques|strategies|methods|ways|recipe|guide|instructions)\b(?!.*instead)"
+)
+"""What leads over to the answer that was asked for."""
 
 BOW = re.compile(
     r"^(?:hello|hi\b|thank|great question|good question|that is an? \w+ question|"

@@ -66,6 +66,7 @@ HELP = r"""(?:
       for\ssure|exactly|apart|from))\b
  |(?:explain|describe)(?!\show\s(?:much|happy|beautiful|excit|good|great|import))\b
  |say\s(?:that|this|such|those)(?=[.!,]|$)|go\sthere(?=[.!,]|$)
+ |go\sinto\s(?:it|that|this|details?|specifics)\b
  |agree\swith\b(?!.*\bmore\b)|wish\sto\sanswer|show\s(?:you|how)\s
  |use\s(?:such|that|offensive|derogatory|racist|slurs)
  |name(?!\s(?:just|only|one|all|every|them\sall)\b)
@@ -122,7 +123,9 @@ OWN = {
         r"information about)|"
         r"(?:personal|private|confidential|sensitive) (?:information|data|details)|"
         r"(?:personal )?(?:opinions|beliefs|views)|"
-        r"information to share)"
+        r"information to share|(?:that|this|such) (?:\w+ )?(?:information|data)\b)"
+        r"|{I}am not privy to\b"
+        r"|{I}do not know (?:your|his|her|their) (?:\w+ )?\w+'s "
     ),
     "made to avoid": _compile(
         r"{I}(?:am|are|was|were|have been) (?:\w+ly )?(?:designed|programmed|trained|instructed|"
@@ -269,7 +272,9 @@ EXCUSE = {
         r"(?! (?:violat|break))"
     ),
     "limit": re.compile(
-        r"\b(?:definitive|exact|precise|exhaustive|complete|comprehensive|guarantee\w*|single|"
+        r"\b(?:(?:definitive|exact|precise|exhaustive|complete|comprehensive|"
+        r"single)(?! (?:fabrication|"
+        r"lie|destruction|stranger))|guarantee\w*|"
         r"one-size|specific (?:product|brand|number|figure)s?|certainty|real[- ]time|"
         r"up[- ]to[- ]date|latest|live|"
         r"(?:medical|legal|financial|tax|professional|personali[sz]ed|clinical|investment)"
@@ -278,7 +283,7 @@ EXCUSE = {
         r"(?:to|cannot|physically) (?:\w+ly )?(?:feel|taste|see|hear|smell|watch|read|listen|"
         r"remember|touch|experience|hold|browse|predict|"
         r"diagnose|speculate|verify|confirm|access)|"
-        r"access (?:to )?(?:your|the internet|current|recent|any accounts?))\b"
+        r"access (?:to )?(?:your(?! (?:\w+ )?\w+'s)|the internet|current|recent|any accounts?))\b"
     ),
 }
 """Beside a match, in its sentence. A limit excuses only where an answer stands beside it."""
