@@ -21,6 +21,10 @@ PANELS = {
     "tokens_per_second": "tokens per second",
 }
 """What curves.png shows, of that which was logged."""
+FACTS = {
+    "effect": "teacher's effect at the start, nats a token",
+    "over_budget": "stopped by kl_budget, at a KL to the start of",
+}
 LAST = 10
 """The results are means over so many logged steps at the end."""
 
@@ -37,7 +41,7 @@ def finish(
     from trueline.train.settings import write_toml
 
     log = folder.rows()
-    results = summary(log, folder.facts.get("effect"))
+    results = summary(log, folder.facts)
     name = folder.folder.resolve().name
     what = "all weights" if recipe.full else "a merged LoRA" if recipe.merge else "a LoRA"
     taught = values.get("principle") or "the principles of its prompts"
@@ -68,15 +72,16 @@ def finish(
     folder.finish(results, card, draw_curves(log, PANELS, name))
 
 
-def summary(log: list[dict[str, Any]], effect: float | None) -> dict[str, Any]:
+def summary(log: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """Return the run's numbers: means over the last logged steps, and the last evaluation."""
     steps = [row for row in log if "loss" in row]
     found: dict[str, Any] = {
         "steps": log[-1]["step"],
         "seconds": round(log[-1]["seconds"], 1),
     }
-    if effect is not None:
-        found["teacher's effect at the start, nats a token"] = effect
+    for name, words in FACTS.items():
+        if name in facts:
+            found[words] = facts[name]
     for name in PANELS:
         values = [row[name] for row in steps[-LAST:] if row.get(name) is not None]
         if values:

@@ -264,6 +264,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
         if recipe.evaluate is not None and judging is None:
             trainer.evaluate()
+        folder.facts |= {"over_budget": trainer.over_budget} if trainer.over_budget else {}
         folder.put(lambda path: save(trainer, path, recipe))
     if folder.main:
         finish(values, recipe, folder, len(rows))

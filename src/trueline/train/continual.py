@@ -279,8 +279,6 @@ class _Runner:
         trainer.kind = self.kind
         if self.kind.name != "causal":
             trainer.model_accepts_loss_kwargs = False
-        if self.kind.name == "classifier":
-            trainer.loss_is_scaled_for_ga = False
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         names = "+".join(self.tasks[j].name for j in self.stages[index])

@@ -579,13 +579,26 @@ def _same_random_numbers() -> Iterator[None]:
             np.random.set_state(numbers)
 
 
+def _messages(prompt: Any) -> Any:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def _dataset(rows: Any, name: str) -> Any:
     """Return rows as a data set of the ecosystem, with a `prompt` in each."""
     if isinstance(rows, Sequence) and not isinstance(rows, str):
         for i, row in enumerate(rows):
             if not isinstance(row, Mapping) or "prompt" not in row:
                 raise DataError(f'{name}[{i}]: no "prompt" in {row!r:.80}.')
-        rows = Dataset.from_list([dict(row) for row in rows])
+            if not isinstance(row["prompt"], (str, list)):
+                raise DataError(f"{name}[{i}]: `prompt` must be text or messages.")
+            if not isinstance(row.get("principle"), (str, type(None))):
+                raise DataError(f"{name}[{i}]: `principle` must be text, got {row['principle']!r}.")
+        # One type a column, and the columns of all rows: `from_list` reads the first row's only.
+        chats = any(not isinstance(row["prompt"], str) for row in rows)
+        if chats:
+            rows = [{**row, "prompt": _messages(row["prompt"])} for row in rows]
+        names = dict.fromkeys(name for row in rows for name in row)
+        rows = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
     columns = getattr(rows, "column_names", None)
     if isinstance(columns, list) and "prompt" not in columns:
         raise DataError(f'`{name}` has no column "prompt"; it has {", ".join(columns) or "none"}.')

@@ -144,8 +144,7 @@ class _Seen:
 
     inputs: list[Tensor]
     """Places that count, as rows."""
-    outputs: list[tuple[Tensor, Tensor | None]]
-    """Outputs as they are, with the mask of their flattened places."""
+    outputs: list[Tensor]
 
 
 def _add(sums: dict[str, Tensor], name: str, moment: Tensor) -> None:
@@ -179,7 +178,7 @@ def _watch(
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             output = output if output.requires_grad else output.requires_grad_()
-            seen[name].outputs.append((output, _kept(output, masks)))
+            seen[name].outputs.append(output)
             return output
 
         return hook
@@ -259,11 +258,12 @@ def _output_moments(
     logits = logits[labels != -100].float()
     drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
     loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-    places = [(name, *pair) for name, part in seen.items() for pair in part.outputs]
-    gradients = torch.autograd.grad(loss, [output for _, output, _ in places], allow_unused=True)
-    for (name, _, kept), gradient in zip(places, gradients, strict=True):
+    places = [(name, output) for name, part in seen.items() for output in part.outputs]
+    gradients = torch.autograd.grad(loss, [output for _, output in places], allow_unused=True)
+    for (name, _), gradient in zip(places, gradients, strict=True):
         if gradient is None:
             continue
+        # Nothing flows back to padded places: nobody attends to them.
         g = gradient.reshape(-1, gradient.shape[-1]).float()
-        _add(sums, name, (g if kept is None else g[kept]).T @ (g if kept is None else g[kept]))
+        _add(sums, name, g.T @ g)
     return len(drawn)
