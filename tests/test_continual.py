@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, random_model
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
@@ -370,6 +371,21 @@ def test_the_stack_of_adapters_is_the_model_that_was_measured(tmp_path):
         assert result.R[-1, j] == pytest.approx(sum(right) / len(right))
 
 
+def test_one_lora_goes_on_and_fresh_ones_do_not(tmp_path):
+    config = replace(CONFIG, epochs=1, learning_rate=1e-20)
+    tasks = [replace(TASKS[0], settings=TaskSettings(learning_rate=1e-2)), TASKS[1]]
+    for name, goes_on in (("seq-lora", True), ("inc-lora", False)):
+        run(tmp_path / name, name, tasks, config=config)
+        first, second = (
+            load_file(path / "adapter/adapter_model.safetensors")
+            for path in sorted((tmp_path / name / "stages").glob("0*"))
+        )
+        assert any(t.abs().max() > 0 for key, t in first.items() if "lora_B" in key)
+        assert all(torch.equal(first[key], second[key]) for key in first) == goes_on
+        if not goes_on:
+            assert all(t.abs().max() < 1e-9 for key, t in second.items() if "lora_B" in key)
+
+
 def test_per_task_forgets_nothing_and_is_untouched_before(tmp_path):
     result = run(tmp_path, "per-task")
     for i, j in itertools.product(range(3), repeat=2):
@@ -549,6 +565,10 @@ def test_a_killed_stream_ends_as_an_unbroken_one(tmp_path, strategy, where):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+class Stopped(Exception):
+    """Ends a run in the middle of a stage."""
+
+
 def test_a_stopped_stream_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     from trueline.train import continual
 
@@ -559,10 +579,10 @@ def test_a_stopped_stream_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         real(self, args, state, control, **kwargs)
         calls.append((self.stage, state.global_step))
         if len(calls) == 11:
-            raise KeyboardInterrupt
+            raise Stopped
 
     monkeypatch.setattr(continual.Log, "on_step_end", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run(tmp_path / "stopped", "o-lora")
     assert calls[-1] == (1, 5)
     calls.clear()

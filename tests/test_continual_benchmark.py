@@ -1,4 +1,4 @@
-"""The continual benchmark: its cheap encoder is the whole encoder, its cells count right and resume."""
+"""The continual benchmark: its cheap encoder is the whole one, cells count right and run once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def data(tmp_path, cells):
         (folder / "category.txt").write_text("SC")
         for split, n in (("train", 16), ("validation", 6), ("test", 6)):
             rows = [
-                {"sentence": f"{name} {split} number {i} of {labels[i % 2]}", "label": labels[i % 2]}
+                {
+                    "sentence": f"{name} {split} number {i} of {labels[i % 2]}",
+                    "label": labels[i % 2],
+                }
                 for i in range(n)
             ]
             text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -139,7 +142,7 @@ def test_every_strategy_chooses_from_as_many_settings(command):
     for protocol in ("union", "offered"):
         found = command.choices(protocol)
         assert set(found) == set(STRATEGIES) == {*command.MAIN, *command.OTHERS}
-        assert {len(settings) for settings in found.values()} == {4}
+        assert {len(settings) for settings in found.values()} == {5}
         texts = [c.text() for name in found for c in found[name]]
         assert all(text.startswith("lr ") for text in texts)
 
@@ -179,8 +182,16 @@ def test_the_report_has_every_strategy_and_the_curve(cells, monkeypatch, tmp_pat
 
     def row(strategy, seed, **more):
         R = cells.rounded(rng.random((10, 10)))
-        return {"strategy": strategy, "order": "order-4", "seed": seed, "learning_rate": 1e-3,
-                "options": {}, "R": R, "untouched": [0.1] * 10, "cpu_seconds": 1.0, **more}  # fmt: skip
+        return {
+            "strategy": strategy,
+            "order": "order-4",
+            "seed": seed,
+            "learning_rate": 1e-3,
+            "options": {},
+            "R": R,
+            "untouched": [0.1] * 10,
+            **more,
+        }
 
     rows = [row(s, seed) for s in ("inc-lora", "o-lora", "drift") for seed in (0, 1)]
     results, tuned = (cells.Results(tmp_path / f"{n}.json") for n in ("union", "tuning-union"))
@@ -210,7 +221,7 @@ def test_cells_run_once_and_go_on(command, states, data, tmp_path, capsys, monke
     assert [row["strategy"] for row in rows] == ["drift", "per-task"]
     assert np.shape(rows[0]["R"]) == np.shape(rows[0]["R_offered"]) == (3, 3)
     tuned = json.loads((tmp_path / "results/tuning-union.json").read_text())
-    assert len(tuned) == 4
+    assert len(tuned) == 5
     assert tuned[0]["R"][0][1] is None, "settings are chosen without looking ahead"
     chosen = _continual.best(tuned)
     assert (rows[0]["learning_rate"], rows[0]["options"]) == (chosen.learning_rate, chosen.options)

@@ -1,4 +1,4 @@
-"""The distilling recipe and the training benchmarks: honest splits, right measures, runs that end."""
+"""The distilling recipe and the training benchmarks: honest splits, right measures, whole runs."""
 
 from __future__ import annotations
 
@@ -54,8 +54,11 @@ def test_no_prompt_is_in_two_splits(kind):
         else:
             dev, test = (requests(kind, s, 60, seed) for s in ("dev", "test"))
         dev_texts, test_texts = set(map(plain, dev)), set(map(plain, test))
-        assert len(dev_texts) > 30 and len(test_texts) > 30
-        assert not train & dev_texts and not train & test_texts and not dev_texts & test_texts
+        assert len(dev_texts) > 30
+        assert len(test_texts) > 30
+        assert not train & dev_texts
+        assert not train & test_texts
+        assert not dev_texts & test_texts
 
 
 def test_training_prompts_are_distinct_and_begin_alike():
@@ -125,13 +128,15 @@ def test_probe_sees_no_drift_in_the_start_and_some_in_another(tiny):
     probe = Probe(tiny, principle("pirate"), "test", 12, 0)
     found = probe(tiny.model)
     assert found["kl_own"]["mean"] == found["kl_chat"]["mean"] == 0
-    assert found["same_chat"]["mean"] == 1 and found["adherence"]["mean"] == 0
+    assert found["same_chat"]["mean"] == 1
+    assert found["adherence"]["mean"] == 0
     other = load_model("tiny", packed_weights=False, dtype="float32")
     with torch.no_grad():
         for p in other.model.parameters():
             p.mul_(0.9)
     drifted = probe(other.model)
-    assert drifted["kl_own"]["mean"] > 0.01 and drifted["kl_chat"]["mean"] > 0.001
+    assert drifted["kl_own"]["mean"] > 0.01
+    assert drifted["kl_chat"]["mean"] > 0.001
 
 
 def test_probe_keeps_the_mode_and_counts_what_follows(tiny, monkeypatch):
@@ -173,10 +178,12 @@ def test_claims_compare_where_the_rival_ends():
     rival = curve((0, 0.0, 0.0), (64, 0.5, 0.2), (128, 0.9, 0.4))
     [row] = claims({"inverse-q": ours, "grpo": rival}, "inverse-q")
     assert row["mine"]["responses"] == 64
-    assert row["sooner"] and row["no_larger_kl"]
+    assert row["sooner"]
+    assert row["no_larger_kl"]
     rival[-1]["kl_chat"]["mean"] = 0.2
     [row] = claims({"inverse-q": ours, "grpo": rival}, "inverse-q")
-    assert row["sooner"] and not row["no_larger_kl"]
+    assert row["sooner"]
+    assert not row["no_larger_kl"]
     rival[-1]["responses"] = 127
     assert not claims({"inverse-q": ours, "grpo": rival}, "inverse-q")[0]["sooner"]
     assert reached(ours, 0.99) is None
@@ -189,7 +196,7 @@ def test_no_claim_over_a_rival_that_learnt_nothing():
     assert claims({"inverse-q": curve((0, 0.5, 0.1)), "grpo": flat}, "inverse-q") == []
 
 
-def test_best_rate_is_that_of_the_largest_area():
+def test_best_rate_has_the_largest_area_and_keeps_the_facts():
     from benchmarks.inverse_q import best_rates
 
     slow = curve((0, 0.0, 0.0), (64, 0.1, 0.0), (128, 1.0, 0.0))
@@ -200,6 +207,8 @@ def test_best_rate_is_that_of_the_largest_area():
         {"way": "grpo", "lr": lr, "curve": c} for lr, c in ((1, slow), (2, fast), (3, broken))
     ]
     assert best_rates(records) == {"grpo": 2}
+    slow[-1]["fact"]["mean"] = fast[-1]["fact"]["mean"] = 0.05
+    assert best_rates(records) == {"grpo": 3}
 
 
 def test_pooled_curve_is_the_mean_over_seeds():
@@ -215,7 +224,8 @@ def test_pooled_curve_is_the_mean_over_seeds():
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_sdft_has_the_gradient_of_ratio_0():
     pytest.importorskip("trl")
-    from benchmarks._training import Setting, same_gradient
+    from benchmarks._jobs import same_gradient
+    from benchmarks._training import Setting
     from recipes.distil.questions import principle
 
     found = same_gradient(Setting(principle("pirate"), questions=2), 0, rows=2)
@@ -232,7 +242,8 @@ def test_recipe_runs_resumes_and_leaves_an_adapter(tmp_path):
 
     options = ("--quick", "--only", "pirate", "over-refusal", "--output", tmp_path)
     said = run("recipes/distil/run.py", *options)
-    assert "pirate, after" in said and "trigger, under it" in said
+    assert "pirate, after" in said
+    assert "trigger, under it" in said
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["results"]["pirate"]["after"]["adherence"]["n"] == 8
     assert found["results"]["pirate"]["effect"] > 0.1
@@ -249,7 +260,8 @@ def test_recipe_runs_resumes_and_leaves_an_adapter(tmp_path):
 def test_race_runs_and_resumes(tmp_path):
     options = ("--quick", "--seeds", 1, "--ways", "inverse-q", "grpo", "--output", tmp_path)
     said = run("benchmarks/inverse_q.py", *options, "--parts", "tune", "race", "sdft")
-    assert "From a warm start" in said and "SDFT" in said
+    assert "From a warm start" in said
+    assert "SDFT" in said
     found = json.loads((tmp_path / "inverse_q.json").read_text())
     assert set(found["curves"]["race"]) == {"inverse-q", "grpo"}
     assert [p["responses"] for p in found["curves"]["race"]["grpo"]] == [0, 64]
@@ -266,4 +278,5 @@ def test_step_benchmark_runs(tmp_path):
     assert "at most 1.1 of GRPO's time" in said
     rows = json.loads((tmp_path / "train_step.json").read_text())["rows"]
     assert [row["length"] for row in rows] == [8, 8]
-    assert rows[0]["time_ratio"] == 1 and rows[1]["peak_mb"] > 100
+    assert rows[0]["time_ratio"] == 1
+    assert rows[1]["peak_mb"] > 100

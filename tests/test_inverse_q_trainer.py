@@ -314,6 +314,11 @@ def test_a_principle_for_each_row(tmp_path):
     assert torch.equal(*found[2])
     assert found[0][0].ne(found[0][1]).any()
     trainer.train()
+    # A column that only later rows have, and prompts of both kinds.
+    mixed = [{"prompt": [{"role": "user", "content": "What is rain?"}]}, *rows[::-1]]
+    late = trainer_of(tmp_path, rows=mixed)
+    assert [late.teacher.row_method(row) is None for row in late.train_dataset] == [0, 1, 0, 0]
+    assert late.train_dataset[0]["prompt"][0]["content"] == "What is rain?"
     without = trainer_of(tmp_path, rows=rows, principle=None)
     assert without.teacher.row_method(rows[1]) is None
 

@@ -1,0 +1,169 @@
+"""Results of the continual benchmark as Markdown and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._continual import (
+    MEASURES,
+    TUNE_ORDER,
+    Choice,
+    Results,
+    estimates,
+    matrix,
+    measures,
+)
+from benchmarks._report import table
+from trueline.evals.continual import mean_matrix
+from trueline.evals.statistics import Estimate
+from trueline.train.strategies import STRATEGIES
+
+GIVEN = {
+    "per-task": "text, and which task it is",
+    "multi-task": "text; all tasks' rows at once in training",
+    "replay": "text; 32 rows of each earlier task in training",
+}
+"""What a strategy is given beyond the text alone."""
+CURVE = ("inc-lora", "o-lora", "drift")
+
+
+def write(folder: Path, protocol: str) -> str:
+    """Draw all pictures of a protocol into `folder` and return its tables."""
+    rows = Results(folder / f"{protocol}.json").rows
+    tuned = Results(folder / f"tuning-{protocol}.json").rows
+    names = [name for name in STRATEGIES if any(r["strategy"] == name for r in rows)]
+    of = {name: [r for r in rows if r["strategy"] == name] for name in names}
+    found = {name: estimates(own) for name, own in of.items()}
+    text = f'### Protocol "{protocol}"\n\n' + main_table(of, found) + "\n"
+    text += by_task(of) + "\n"
+    if tuned:
+        text += tuning_table(tuned)
+    if found:
+        draw(folder, protocol, of, found, tuned)
+    return text
+
+
+def cell(e: Estimate) -> str:
+    """Return a share in per cent with its standard error."""
+    spread = "" if np.isnan(e.standard_error) else f" ± {100 * e.standard_error:.1f}"
+    return f"{100 * e.value:.1f}{spread}"
+
+
+def main_table(
+    of: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str, Mapping[str, Estimate]]
+) -> str:
+    """Return strategies by measures, in per cent, mean and standard error over runs."""
+    head = ["", "runs", *(name.replace("_", " ") for name in MEASURES), "95 % of average",
+            "given at the test", "setting"]  # fmt: skip
+    lines = []
+    for name, values in found.items():
+        e = values["average_accuracy"]
+        low_high = "" if np.isnan(e.low) else f"{100 * e.low:.1f} to {100 * e.high:.1f}"
+        row = of[name][0]
+        lines.append([
+            name, e.n, *(cell(values[m]) if m in values else "" for m in MEASURES), low_high,
+            GIVEN.get(name, "text"), Choice(row["learning_rate"], row["options"]).text(),
+        ])  # fmt: skip
+    untouched = [np.mean(row["untouched"]) for rows in of.values() for row in rows]
+    if untouched:
+        lines.insert(0, ["untouched", "", f"{100 * np.mean(untouched):.1f}", *[""] * 6, ""])
+    return table(head, lines)
+
+
+def by_task(of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return accuracies by task, right after its training and at the end; means over runs."""
+    tasks = _tasks(of)
+    lines = []
+    for name, rows in of.items():
+        if STRATEGIES[name].weights == "apart" or STRATEGIES[name].joint:
+            continue
+        pairs: dict[str, list[tuple[float, float]]] = {task: [] for task in tasks}
+        for row in rows:
+            R = matrix(row["R"])
+            for j, task in enumerate(_order(row)):
+                pairs[task].append((R[j, j], R[-1, j]))
+        lines.append([name, *(_arrow(pairs[task]) for task in tasks)])
+    return "Right after its training → at the end, %:\n\n" + table(["", *tasks], lines)
+
+
+def tuning_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return every setting tried, on validation rows."""
+    lines = [
+        [row["strategy"], Choice(row["learning_rate"], row["options"]).text(),
+         *(f"{100 * measures(row)[m]:.1f}" if m in measures(row) else ""
+           for m in ("average_accuracy", "learning_accuracy", "backward_transfer"))]
+        for row in rows
+    ]  # fmt: skip
+    head = ["", "setting", "average", "learning", "backward"]
+    return f"Settings tried ({TUNE_ORDER}, one seed, validation rows):\n\n" + table(head, lines)
+
+
+def draw(
+    folder: Path,
+    protocol: str,
+    of: Mapping[str, Sequence[Mapping[str, Any]]],
+    found: Mapping[str, Mapping[str, Estimate]],
+    tuned: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the strategies side by side, R of each as a heat map, and the curve."""
+    from trueline.train.figures import draw_matrix, draw_strategies
+
+    shown = ("average_accuracy", "backward_transfer", "learning_accuracy")
+    bars = {n: {m: v for m, v in values.items() if m in shown} for n, values in found.items()}
+    figure = draw_strategies(bars, f"{protocol}: strategies, mean and 95 % interval")
+    figure.savefig(folder / f"{protocol}.png", dpi=110)
+    for name in of:
+        first = [r for r in of[name] if r["order"] == TUNE_ORDER]
+        if first and STRATEGIES[name].weights != "apart" and not STRATEGIES[name].joint:
+            figure = draw_matrix(
+                mean_matrix([matrix(r["R"]) for r in first]),
+                _order(first[0]),
+                f"{name}, {protocol}, {len(first)} seeds",
+                np.mean([r["untouched"] for r in first], axis=0),
+            )
+            figure.savefig(folder / f"{protocol}-{name}.png", dpi=80)
+    if any(row.get("sweep") for row in tuned):
+        curve(tuned, protocol).savefig(folder / f"{protocol}-curve.png", dpi=110)
+
+
+def curve(tuned: Sequence[Mapping[str, Any]], protocol: str) -> Any:
+    """Return backward transfer against learning accuracy, one line for each strategy."""
+    from trueline.train.figures import draw_trade_off
+
+    points = []
+    for name in (*CURVE, "replay"):
+        own = [row for row in tuned if row["strategy"] == name]
+        own.sort(key=lambda r: (r["options"].get("lambda_1", 0), r["options"].get("strength", 0),
+                                r["learning_rate"]))  # fmt: skip
+        points += [{"strategy": name, "label": _short(row), **measures(row)} for row in own]
+    joint = [measures(row)["average_accuracy"] for row in tuned if row["strategy"] == "multi-task"]
+    if joint:
+        bound = {"learning_accuracy": max(joint), "backward_transfer": 0.0}
+        points.append({"strategy": "joint bound", **bound})
+    return draw_trade_off(points, f"{protocol}: stability against plasticity, validation rows")
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    values = [f"{v:g}" for v in row["options"].values() if isinstance(v, float)]
+    return "/".join([f"{row['learning_rate']:g}", *values])
+
+
+def _order(row: Mapping[str, Any]) -> list[str]:
+    from benchmarks._continual import ORDERS
+
+    return ORDERS[row["order"]][: len(row["untouched"])]
+
+
+def _tasks(of: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    return list(dict.fromkeys(t for rows in of.values() for row in rows for t in _order(row)))
+
+
+def _arrow(pairs: Sequence[tuple[float, float]]) -> str:
+    if not pairs:
+        return ""
+    then, now = np.mean(pairs, axis=0)
+    return f"{100 * then:.0f} → {100 * now:.0f}"
