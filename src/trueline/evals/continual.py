@@ -97,7 +97,7 @@ def trained(R: ArrayLike) -> NDArray[np.float64]:
     Rows not yet measured are nan throughout and must be the last ones.
     """
     matrix = _matrix(R)
-    there = np.isfinite(matrix).any(axis=1)
+    there = np.asarray(np.isfinite(matrix).any(axis=1))
     t = int(there.sum())
     if not there[:t].all():
         raise DataError(f"R has no scores in row {int(np.argmin(there))}, but has some below it.")
