@@ -406,6 +406,9 @@ def test_the_teacher_draws_its_share_of_the_answers(tmp_path):
     # 0.3 of six rows: 18 in ten batches, one or two in each.
     assert sum(seen) == 18
     assert set(seen) == {1, 2}
+    shares = [row[0] for row in steps(trainer, "guided_share")]
+    assert sum(shares) / 10 == pytest.approx(0.3, abs=0.05)
+    assert all(share > 0.1 for share in shares)
     start = LanguageModel(random_model("llama"), byte_tokenizer())
     by_prompt = {tuple(trainer.teacher.lesson(start, row).prompt): row for row in ROWS}
     pools = [seen[i : i + 3] for i in range(0, 10, 3)]
@@ -495,6 +498,20 @@ def test_a_resumed_run_ends_like_an_unbroken_one(tmp_path, reuse, lora, loss):
     assert steps(whole, *names) == steps(again, *names)
 
 
+def test_the_order_of_the_rows_is_that_of_seed_and_epoch(tmp_path):
+    trainer = trainer_of(tmp_path, reuse=2, gradient_accumulation_steps=2,
+                         per_device_train_batch_size=1)  # fmt: skip
+    orders = {}
+    for step in (0, 5, 6, 12):
+        trainer.state.global_step = step
+        orders[step] = list(trainer._get_train_sampler())
+        # Each batch of two, for two parts of a step and two uses.
+        assert len(orders[step]) == 6 * 4
+        assert sorted(orders[step][i] for i in (0, 1, 8, 9, 16, 17)) == list(range(6))
+    assert orders[0] == orders[5]  # six updates are an epoch
+    assert len({tuple(orders[step]) for step in (0, 6, 12)}) == 3
+
+
 def test_evaluation_does_not_change_the_training(tmp_path):
     calls = []
 
@@ -563,7 +580,7 @@ def test_reuse_makes_several_updates_of_each_batch(tmp_path):
 
 
 def test_old_logprobs_are_those_of_the_first_use(tmp_path):
-    trainer = trainer_of(tmp_path, loss="imitation", reuse=2, max_steps=2, learning_rate=5e-3)
+    trainer = trainer_of(tmp_path, loss="imitation", reuse=3, max_steps=3, learning_rate=5e-3)
     kept = []
     original = trainer._sampled_loss
 
@@ -575,9 +592,10 @@ def test_old_logprobs_are_those_of_the_first_use(tmp_path):
     trainer._sampled_loss = watch
     trainer.train()
     assert kept[0][1] is None
-    for first, old, now in zip(kept[0][0], kept[1][1], kept[1][0], strict=True):
-        assert torch.equal(first, old)
-        assert not torch.equal(first, now)
+    for now, olds in kept[1:]:
+        for first, old, current in zip(kept[0][0], olds, now, strict=True):
+            assert torch.equal(first, old)
+            assert not torch.equal(first, current)
 
 
 def test_bfloat16(tmp_path):
