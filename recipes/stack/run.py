@@ -1,7 +1,7 @@
 """Teach the bundled model five skills one after the other, and see what it still can do.
 
-    python recipes/stack/run.py                          # three strategies that stack, and seq-lora
-    python recipes/stack/run.py --strategies drift --seeds 0 1
+    python recipes/stack/run.py --strategies inc-lora seq-lora replay
+    python recipes/stack/run.py --strategies drift --strength 30 --seeds 0 1
     python recipes/stack/run.py --max-steps 2 --questions 4 --output /tmp/x       # smoke test
 
 Skills are ways of answering bound to a subject, and small tasks whose labels a grammar makes. After
@@ -37,6 +37,7 @@ if not __package__:
 
 from recipes.stack.skills import Probe, grammar_of_tiny, own_dialogues, own_skills, skill
 from trueline import LanguageModel, Plain, Request, SamplingParams, generate, load_model
+from trueline.errors import ConfigError
 from trueline.evals.continual import summary
 from trueline.train.adapters import AdapterStack, adapter_layers, save_adapter
 from trueline.train.o_lora import OLoraConfig, OLoraTrainer
@@ -46,6 +47,7 @@ from trueline.train.second_moments import Moments, collect_moments, load_moments
 HERE = Path(__file__).parent
 STRATEGIES = ("seq-lora", "inc-lora", "o-lora", "drift", "drift+before", "replay")
 """`drift+before` also has statistics of dialogues like those that the model was made of."""
+PENALISED = ("o-lora", "drift", "drift+before")
 Config = dict[str, Any]
 
 
@@ -136,7 +138,7 @@ class Learner:
                     task_type="CAUSAL_LM",
                 ),
             )
-        strength = self.choice.get("strength", 0.0)
+        strength = float(self.choice.get("strength", 0.0))
         terms: list[Any] = []
         if self.strategy == "o-lora":
             terms = [Overlap(strength, normalize=True)]
@@ -227,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=HERE / "config.toml")
     parser.add_argument("--output", type=Path, default=HERE.parents[1] / "runs/stack")
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--strategies", nargs="+", default=["inc-lora"], choices=STRATEGIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--strength", type=float, help="of o-lora or drift, instead of the chosen")
     parser.add_argument("--curvature", action="store_true", help="weigh drift with gradients")
@@ -249,6 +251,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     choice["strength"] = args.strength
                 if args.curvature:
                     choice["curvature"] = True
+                if strategy in PENALISED and not choice.get("strength"):
+                    raise ConfigError(
+                        f'Strategy "{strategy}" has no strength, and would be inc-lora. Give '
+                        f"--strength, or [chosen.{strategy}] in {args.config.name}."
+                    )
                 work = args.output / f"work-{strategy}-{seed}"
                 shutil.rmtree(work, ignore_errors=True)
                 row = go(strategy, cfg, choice, seed, work, args.max_steps)
