@@ -52,7 +52,7 @@ def train(rows: list[dict[str, Any]], cfg: Config, seed: int, folder: Path, **te
         max_steps=cfg["responses"] // cfg["batch"],
         per_device_train_batch_size=cfg["batch"],
         learning_rate=cfg["learning_rate"],
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=cfg["schedule"],
         warmup_steps=cfg["warmup_steps"],
         max_completion_length=cfg["max_new_tokens"],
         save_strategy="no",
@@ -253,7 +253,7 @@ def settings(options: argparse.Namespace) -> Config:
     for pair in options.set:
         name, _, value = pair.partition("=")
         table, _, key = name.rpartition(".")
-        cfg[table or "training"][key] = float(value) if "." in value or "e" in value else int(value)
+        cfg[table or "training"][key] = tomllib.loads(f"v = {value}")["v"]
     cfg["seeds"] = options.seeds or cfg["seeds"]
     if options.max_steps is not None:
         for table in ("training", "over_refusal"):
