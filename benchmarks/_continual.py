@@ -39,7 +39,8 @@ MEASURES = (
     "forgetting",
 )
 STACKED = ("query", "value")
-TUNE_ORDER, TUNE_SEED = "order-4", 0
+TUNE_ORDERS, TUNE_SEED, FINALISTS = ("order-4", "order-6"), 0, 3
+"""Settings are tried on the first order; the best of them, so many, on the second too."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,16 @@ class Results:
         """Return the rows with these values."""
         return [r for r in self.rows if all(r.get(k) == v for k, v in fields.items())]
 
+    def of(self, strategy: str, order: str, choice: Choice) -> list[dict[str, Any]]:
+        """Return the rows of a strategy with a setting on an order."""
+        return self.find(strategy=strategy, order=order, learning_rate=choice.learning_rate,
+                         options=choice.options)  # fmt: skip
+
+    def drop(self, **fields: Any) -> None:
+        """Forget the rows with these values, from here on and, with the next `add`, in the file."""
+        gone = self.find(**fields)
+        self.rows = [row for row in self.rows if row not in gone]
+
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row."""
         self.rows.append(row)
@@ -188,7 +199,18 @@ def estimates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
     return {n: over_seeds([f[n] for f in found]) for n in MEASURES if n in found[0]}
 
 
-def best(rows: Sequence[Mapping[str, Any]]) -> Choice:
-    """Return the setting with the highest average accuracy on validation rows."""
-    row = max(rows, key=lambda r: measures(r)["average_accuracy"])
-    return Choice(row["learning_rate"], row["options"])
+def best(
+    rows: Sequence[Mapping[str, Any]], strategy: str, settings: Sequence[Choice],
+    orders: Sequence[str],
+) -> list[Choice]:  # fmt: skip
+    """Return the settings that ran on all these orders, highest average accuracy first."""
+
+    def score(choice: Choice) -> float:
+        own = {
+            row["order"]: measures(row)["average_accuracy"] for row in rows
+            if (row["strategy"], row["learning_rate"], row["options"])
+            == (strategy, choice.learning_rate, choice.options)
+        }  # fmt: skip
+        return float(np.mean([own.get(order, np.nan) for order in orders]))
+
+    return sorted((c for c in settings if not np.isnan(score(c))), key=score, reverse=True)

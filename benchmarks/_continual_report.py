@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks._continual import (
     MEASURES,
-    TUNE_ORDER,
+    TUNE_ORDERS,
     Choice,
     Results,
     estimates,
@@ -35,6 +35,7 @@ def write(folder: Path, protocol: str) -> str:
     """Draw all pictures of a protocol into `folder` and return its tables."""
     rows = Results(folder / f"{protocol}.json").rows
     tuned = Results(folder / f"tuning-{protocol}.json").rows
+    swept = Results(folder / f"sweep-{protocol}.json").rows
     names = [name for name in STRATEGIES if any(r["strategy"] == name for r in rows)]
     of = {name: [r for r in rows if r["strategy"] == name] for name in names}
     found = {name: estimates(own) for name, own in of.items()}
@@ -43,7 +44,7 @@ def write(folder: Path, protocol: str) -> str:
     if tuned:
         text += tuning_table(tuned)
     if found:
-        draw(folder, protocol, of, found, tuned)
+        draw(folder, protocol, of, found, tuned, swept)
     return text
 
 
@@ -93,13 +94,13 @@ def by_task(of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def tuning_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return every setting tried, on validation rows."""
     lines = [
-        [row["strategy"], Choice(row["learning_rate"], row["options"]).text(),
+        [row["strategy"], row["order"], Choice(row["learning_rate"], row["options"]).text(),
          *(f"{100 * measures(row)[m]:.1f}" if m in measures(row) else ""
            for m in ("average_accuracy", "learning_accuracy", "backward_transfer"))]
         for row in rows
     ]  # fmt: skip
-    head = ["", "setting", "average", "learning", "backward"]
-    return f"Settings tried ({TUNE_ORDER}, one seed, validation rows):\n\n" + table(head, lines)
+    head = ["", "order", "setting", "average", "learning", "backward"]
+    return "Settings tried (one seed, validation rows):\n\n" + table(head, lines)
 
 
 def draw(
@@ -108,6 +109,7 @@ def draw(
     of: Mapping[str, Sequence[Mapping[str, Any]]],
     found: Mapping[str, Mapping[str, Estimate]],
     tuned: Sequence[Mapping[str, Any]],
+    swept: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the strategies side by side, R of each as a heat map, and the curve."""
     from trueline.train.figures import draw_matrix, draw_strategies
@@ -117,7 +119,7 @@ def draw(
     figure = draw_strategies(bars, f"{protocol}: strategies, mean and 95 % interval")
     figure.savefig(folder / f"{protocol}.png", dpi=110)
     for name in of:
-        first = [r for r in of[name] if r["order"] == TUNE_ORDER]
+        first = [r for r in of[name] if r["order"] == TUNE_ORDERS[0]]
         if first and STRATEGIES[name].weights != "apart" and not STRATEGIES[name].joint:
             figure = draw_matrix(
                 mean_matrix([matrix(r["R"]) for r in first]),
@@ -126,8 +128,10 @@ def draw(
                 np.mean([r["untouched"] for r in first], axis=0),
             )
             figure.savefig(folder / f"{protocol}-{name}.png", dpi=80)
-    if any(row.get("sweep") for row in tuned):
-        curve(tuned, protocol).savefig(folder / f"{protocol}-curve.png", dpi=110)
+    if swept:
+        curve([r for r in (*tuned, *swept) if r["order"] == TUNE_ORDERS[0]], protocol).savefig(
+            folder / f"{protocol}-curve.png", dpi=110
+        )
 
 
 def curve(tuned: Sequence[Mapping[str, Any]], protocol: str) -> Any:

@@ -30,7 +30,7 @@ OTHERS = ("per-task", "inf-lora", "ewc", "seq-ft")
 
 
 def choices(protocol: str) -> dict[str, list[Any]]:
-    """Return the five settings that each strategy may choose from."""
+    """Return the seven settings that each strategy may choose from."""
     from benchmarks._continual import Choice
 
     def rates(*values: float) -> list[Choice]:
@@ -40,36 +40,34 @@ def choices(protocol: str) -> dict[str, list[Any]]:
         return [Choice(rate, {option: value, **fixed}) for rate, value in pairs]
 
     union = protocol == "union"
-    low, high = rates(1e-4, 2e-4, 3e-4, 5e-4, 1e-3), rates(3e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+    high = rates(3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3)
     o_lora = {
-        "union": ((1e-4, 0.05), (2e-4, 0.05), (2e-4, 0.5), (5e-4, 0.5), (5e-4, 5.0)),
-        "offered": ((1e-3, 0.05), (1e-3, 0.5), (2e-3, 0.05), (2e-3, 0.5), (2e-3, 5.0)),
-    }
+        "union": ((1e-4, 0.05), (2e-4, 0.05), (2e-4, 0.5), (5e-4, 0.5), (5e-4, 5.0), (5e-4, 50.0),
+                  (1e-3, 50.0)),
+        "offered": ((1e-3, 0.05), (1e-3, 0.5), (1e-3, 5.0), (2e-3, 0.05), (2e-3, 0.5), (2e-3, 5.0),
+                    (4e-3, 5.0)),
+    }  # fmt: skip
     drift = {
-        "union": ((1e-3, 30.0), (1e-3, 100.0), (2e-3, 30.0), (2e-3, 100.0), (2e-3, 10.0)),
-        "offered": ((1e-3, 3.0), (1e-3, 30.0), (2e-3, 3.0), (2e-3, 30.0), (2e-3, 10.0)),
-    }
+        "union": ((1e-3, 30.0), (1e-3, 100.0), (2e-3, 10.0), (2e-3, 30.0), (2e-3, 100.0),
+                  (4e-3, 30.0), (4e-3, 100.0)),
+        "offered": ((1e-3, 3.0), (1e-3, 30.0), (2e-3, 3.0), (2e-3, 10.0), (2e-3, 30.0),
+                    (4e-3, 10.0), (4e-3, 30.0)),
+    }  # fmt: skip
+    inf_lora = ((1e-3, 0.8, 0.9), (1e-3, 0.9, 0.95), (1e-3, 0.95, 1.0), (3e-3, 0.8, 0.9),
+                (3e-3, 0.9, 0.95), (3e-3, 0.95, 1.0), (5e-4, 0.9, 0.95))  # fmt: skip
     return {
-        "inc-lora": low if union else high,
+        "inc-lora": rates(1e-4, 1.5e-4, 2e-4, 2.5e-4, 3e-4, 5e-4, 1e-3) if union else high,
         "o-lora": grid("lambda_1", *o_lora[protocol], normalize=False),
         "drift": grid("strength", *drift[protocol]),
-        "seq-lora": rates(5e-5, 1e-4, 2e-4, 3e-4, 5e-4) if union else high,
-        "replay": rates(5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
-        "multi-task": rates(1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
+        "seq-lora": rates(5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3) if union else high,
+        "replay": rates(5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
+        "multi-task": rates(7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3),
         "per-task": high,
-        "inf-lora": [
-            Choice(rate, {"threshold": t, "threshold_end": e})
-            for rate, t, e in (
-                (1e-3, 0.8, 0.9),
-                (1e-3, 0.9, 0.95),
-                (1e-3, 0.95, 1.0),
-                (3e-3, 0.9, 0.95),
-                (3e-3, 0.95, 1.0),
-            )
-        ],
-        "ewc": grid("strength", (2e-4, 1e2), (2e-4, 1e4), (1e-3, 1e2), (1e-3, 1e4), (1e-3, 1e5)),
-        "seq-ft": rates(3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
-    }
+        "inf-lora": [Choice(lr, {"threshold": t, "threshold_end": e}) for lr, t, e in inf_lora],
+        "ewc": grid("strength", (2e-4, 1e2), (2e-4, 1e4), (5e-4, 1e3), (1e-3, 1e2), (1e-3, 1e4),
+                    (1e-3, 1e5), (2e-3, 1e5)),
+        "seq-ft": rates(3e-6, 1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 3e-4),
+    }  # fmt: skip
 
 
 def sweep_points(protocol: str) -> dict[str, list[Any]]:
@@ -102,36 +100,50 @@ def build(args: argparse.Namespace) -> Any:
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Run every setting of every strategy on one order and seed, scored on validation rows."""
-    from benchmarks._continual import TUNE_ORDER, TUNE_SEED, Results, measures
+    """Run every setting on one order, the best three on a second; scored on validation rows."""
+    from benchmarks._continual import FINALISTS, TUNE_ORDERS, Results, best
 
     bench, results = build(args), Results(args.results / f"tuning-{args.protocol}.json")
+    first, second = TUNE_ORDERS
     for strategy in args.strategies:
-        for choice in choices(args.protocol)[strategy]:
-            key = {"strategy": strategy, "learning_rate": choice.learning_rate}
-            if results.find(**key, options=choice.options):
-                continue
-            row = bench.cell(args.protocol, strategy, TUNE_ORDER, TUNE_SEED, choice, tuning=True)
-            results.add(row)
-            say(f"{strategy} {choice.text()}: {measures(row)} in {row['cpu_seconds']} s")
+        settings = choices(args.protocol)[strategy]
+        for choice in settings:
+            validate(bench, results, args.protocol, strategy, first, choice)
+        for choice in best(results.rows, strategy, settings, [first])[:FINALISTS]:
+            validate(bench, results, args.protocol, strategy, second, choice)
+
+
+def validate(
+    bench: Any, results: Any, protocol: str, strategy: str, order: str, choice: Any
+) -> None:
+    """Run a setting on one order with the first seed, on validation rows, unless it is there."""
+    from benchmarks._continual import TUNE_SEED, measures
+
+    if results.of(strategy, order, choice):
+        return
+    row = bench.cell(protocol, strategy, order, TUNE_SEED, choice, tuning=True)
+    results.add(row)
+    say(f"{order} {strategy} {choice.text()}: {measures(row)} in {row['cpu_seconds']} s")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the tuned strategies on test rows."""
-    from benchmarks._continual import Results, best, measures
+    from benchmarks._continual import TUNE_ORDERS, Results, best, measures
 
     bench, results = build(args), Results(args.results / f"{args.protocol}.json")
     tuned = Results(args.results / f"tuning-{args.protocol}.json")
     for seed in args.seeds:
         for order in args.orders:
             for strategy in args.strategies:
-                found = tuned.find(strategy=strategy)
+                settings = choices(args.protocol)[strategy]
+                found = best(tuned.rows, strategy, settings, TUNE_ORDERS)
                 if not found and not args.quick:
                     say(f"{strategy}: not tuned, left out")
                     continue
-                if results.find(strategy=strategy, order=order, seed=seed):
+                choice = found[0] if found else settings[0]
+                if any(row["seed"] == seed for row in results.of(strategy, order, choice)):
                     continue
-                choice = best(found) if found else choices(args.protocol)[strategy][0]
+                results.drop(strategy=strategy, order=order, seed=seed)  # of another setting
                 row = bench.cell(args.protocol, strategy, order, seed, choice, tuning=False)
                 results.add(row)
                 say(f"{order} {seed} {strategy} {choice.text()}: {measures(row)} "
@@ -140,18 +152,14 @@ def run(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     """Run the settings along the curve, one order and seed, on validation rows."""
-    from benchmarks._continual import TUNE_ORDER, TUNE_SEED, Results, measures
+    from benchmarks._continual import TUNE_ORDERS, Results
 
-    bench, results = build(args), Results(args.results / f"tuning-{args.protocol}.json")
+    bench, results = build(args), Results(args.results / f"sweep-{args.protocol}.json")
+    tuned = Results(args.results / f"tuning-{args.protocol}.json")
     for strategy, points in sweep_points(args.protocol).items():
         for choice in points:
-            key = {"strategy": strategy, "learning_rate": choice.learning_rate}
-            if not results.find(**key, options=choice.options):
-                row = bench.cell(
-                    args.protocol, strategy, TUNE_ORDER, TUNE_SEED, choice, tuning=True
-                )
-                results.add({**row, "sweep": True})
-                say(f"{strategy} {choice.text()}: {measures(row)} in {row['cpu_seconds']} s")
+            if not tuned.of(strategy, TUNE_ORDERS[0], choice):
+                validate(bench, results, args.protocol, strategy, TUNE_ORDERS[0], choice)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -142,7 +142,9 @@ def test_every_strategy_chooses_from_as_many_settings(command):
     for protocol in ("union", "offered"):
         found = command.choices(protocol)
         assert set(found) == set(STRATEGIES) == {*command.MAIN, *command.OTHERS}
-        assert {len(settings) for settings in found.values()} == {5}
+        assert {len(settings) for settings in found.values()} == {7}
+        for settings in found.values():
+            assert len({c.text() for c in settings}) == 7
         texts = [c.text() for name in found for c in found[name]]
         assert all(text.startswith("lr ") for text in texts)
 
@@ -165,13 +167,19 @@ def test_measures_of_a_stream_and_of_joint_training(cells):
     assert cells.measures(joint) == {"average_accuracy": pytest.approx(0.6)}
 
 
-def test_the_best_setting_is_that_of_the_highest_average(cells):
-    def row(rate, low, high):
-        return {"strategy": "drift", "learning_rate": rate, "options": {"strength": rate},
+def test_settings_are_ordered_by_their_mean_over_the_orders(cells):
+    def row(order, rate, low, high, strategy="drift"):
+        return {"strategy": strategy, "order": order, "learning_rate": rate, "options": {"s": rate},
                 "R": [[low, None], [low, high]], "untouched": [0, 0]}  # fmt: skip
 
-    chosen = cells.best([row(1.0, 0.9, 0.1), row(2.0, 0.6, 0.6), row(3.0, 0.1, 0.9)])
-    assert chosen == cells.Choice(2.0, {"strength": 2.0})
+    one, two, three, four = settings = [cells.Choice(r, {"s": r}) for r in (1.0, 2.0, 3.0, 4.0)]
+    rows = [row("a", 1.0, 0.9, 0.3), row("a", 2.0, 0.6, 0.5), row("a", 3.0, 0.1, 0.9),
+            row("b", 1.0, 0.1, 0.2), row("b", 2.0, 0.6, 0.6),
+            row("a", 4.0, 1.0, 1.0, "ewc"), row("b", 4.0, 1.0, 1.0, "ewc")]  # fmt: skip
+    assert cells.best(rows, "drift", settings, ["a"]) == [one, two, three]
+    assert cells.best(rows, "drift", settings, ["a", "b"]) == [two, one]
+    assert cells.best(rows, "drift", settings[2:], ["a"]) == [three], "others are not asked for"
+    assert four not in cells.best(rows, "drift", settings, ["a"])
 
 
 def test_the_report_has_every_strategy_and_the_curve(cells, monkeypatch, tmp_path):
@@ -197,7 +205,8 @@ def test_the_report_has_every_strategy_and_the_curve(cells, monkeypatch, tmp_pat
     results, tuned = (cells.Results(tmp_path / f"{n}.json") for n in ("union", "tuning-union"))
     for r in rows:
         results.add(r)
-    tuned.add(row("drift", 0, sweep=True))
+    tuned.add(row("drift", 0))
+    cells.Results(tmp_path / "sweep-union.json").add(row("drift", 0))
     text = _continual_report.write(tmp_path, "union")
     mean = np.mean([np.mean(r["R"][-1]) for r in rows[:2]])
     spread = np.std([np.mean(r["R"][-1]) for r in rows[:2]], ddof=1) / 2**0.5
@@ -221,9 +230,10 @@ def test_cells_run_once_and_go_on(command, states, data, tmp_path, capsys, monke
     assert [row["strategy"] for row in rows] == ["drift", "per-task"]
     assert np.shape(rows[0]["R"]) == np.shape(rows[0]["R_offered"]) == (3, 3)
     tuned = json.loads((tmp_path / "results/tuning-union.json").read_text())
-    assert len(tuned) == 5
+    assert [row["order"] for row in tuned] == ["order-4"] * 7 + ["order-6"] * 3
     assert tuned[0]["R"][0][1] is None, "settings are chosen without looking ahead"
-    chosen = _continual.best(tuned)
+    settings = command.choices("union")["drift"]
+    chosen = _continual.best(tuned, "drift", settings, _continual.TUNE_ORDERS)[0]
     assert (rows[0]["learning_rate"], rows[0]["options"]) == (chosen.learning_rate, chosen.options)
 
     def twice(*args, **kwargs):
@@ -232,3 +242,8 @@ def test_cells_run_once_and_go_on(command, states, data, tmp_path, capsys, monke
     monkeypatch.setattr(_continual.Bench, "cell", twice)
     command.main(["run", *options])
     command.main(["tune", *options, "--strategies", "drift"])
+    other = next(r for r in tuned[7:] if r["options"] != chosen.options)
+    other["R"][-1] = [2.0, 2.0, 2.0]  # the best setting from now on
+    (tmp_path / "results/tuning-union.json").write_text(json.dumps(tuned))
+    with pytest.raises(AssertionError, match="run again"):
+        command.main(["run", *options])
