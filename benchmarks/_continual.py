@@ -17,9 +17,9 @@ from trueline.data import replace_file
 from trueline.evals.continual import over_seeds, summary
 from trueline.evals.statistics import Estimate
 from trueline.train.continual import StreamConfig, run_stream
-from trueline.train.strategies import make_strategy
-from trueline.train.streams import preset
-from trueline.train.tasks import PromptForm, Task, union_of_labels
+from trueline.train.streams.files import preset
+from trueline.train.streams.strategies import make_strategy
+from trueline.train.streams.tasks import PromptForm, Task, union_of_labels
 
 TASKS = ["MNLI", "CB", "WiC", "QQP", "IMDB", "yelp", "amazon", "SST-2", "dbpedia", "agnews"]
 """Of the 14 at hand those on which this model learns something; WiC stands for those on which it

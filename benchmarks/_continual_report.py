@@ -20,7 +20,7 @@ from benchmarks._continual import (
 from benchmarks._report import table
 from trueline.evals.continual import mean_matrix
 from trueline.evals.statistics import Estimate
-from trueline.train.strategies import STRATEGIES
+from trueline.train.streams.strategies import STRATEGIES
 
 GIVEN = {
     "per-task": "text, and which task it is",
@@ -112,7 +112,7 @@ def draw(
     swept: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the strategies side by side, R of each as a heat map, and the curve."""
-    from trueline.train.figures import draw_matrix, draw_strategies
+    from trueline.train.runs.figures import draw_matrix, draw_strategies
 
     shown = ("average_accuracy", "backward_transfer", "learning_accuracy")
     bars = {n: {m: v for m, v in values.items() if m in shown} for n, values in found.items()}
@@ -136,7 +136,7 @@ def draw(
 
 def curve(tuned: Sequence[Mapping[str, Any]], protocol: str) -> Any:
     """Return backward transfer against learning accuracy, one line for each strategy."""
-    from trueline.train.figures import draw_trade_off
+    from trueline.train.runs.figures import draw_trade_off
 
     points = []
     for name in (*CURVE, "replay"):

@@ -57,7 +57,7 @@ class Setting:
     batch: int = 32
     """Responses of one step."""
     rank: int = 16
-    points: tuple[int, ...] = (128, 256, 384, 512, 768)
+    points: tuple[int, ...] = (64, 128, 192, 256, 320, 384, 512, 640, 768)
     """After how many responses to measure."""
     split: str = "test"
     questions: int = 80

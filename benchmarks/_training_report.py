@@ -156,7 +156,7 @@ def markdown(found: dict[str, Any], told: str) -> str:
             continue
         text += f"## {title}\n\n{seeds} seeds, mean ± standard error over seeds.\n\n"
         text += _race(curves, rates) + "\n"
-        for measure in ("adherence_sampled", "adherence", "fact", "kl_chat"):
+        for measure in ("adherence_sampled", "adherence", "fact", "kl_own", "kl_chat"):
             text += _curve_table(curves, measure) + "\n"
         for ours in ("inverse-q", "inverse-q, on-policy"):
             text += _claims(claims(curves, ours)) + "\n"
@@ -220,8 +220,33 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_price(curves: dict[str, Curve], path: Path) -> None:
+    """Draw adherence over the divergence from the start: what it costs, however fast it came."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey="row", layout="constrained")
+    for ax, (measure, label) in zip(
+        axes,
+        (("kl_own", "KL on its own answers, nats"), ("kl_chat", "KL on other chat, nats/token")),
+        strict=True,
+    ):
+        for way, curve in curves.items():
+            style = "-" if way.startswith("inverse-q") else "--"
+            xs, ys = ([p[m]["mean"] for p in curve] for m in (measure, "adherence_sampled"))
+            ax.plot(xs, ys, style, label=way, marker=".")
+        ax.set_xlabel(label)
+    axes[1].set_xscale("symlog", linthresh=0.01)
+    axes[0].set_ylabel("adherence, sampled")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def write(found: dict[str, Any], folder: Path, told: str) -> str:
-    """Write inverse_q.json, .md and .png into `folder`; return the text."""
+    """Write inverse_q.json, .md and two pictures into `folder`; return the text."""
     text = markdown(found, told)
     folder.mkdir(parents=True, exist_ok=True)
     records = found["runs"]
@@ -240,4 +265,5 @@ def write(found: dict[str, Any], folder: Path, told: str) -> str:
     (folder / "inverse_q.md").write_text(text, encoding="utf-8")
     if curves := groups(records, "race"):
         draw(curves, folder / "inverse_q.png")
+        draw_price(curves, folder / "price.png")
     return text

@@ -30,11 +30,11 @@ if not __package__:
 from benchmarks._models import SHAPES, machine, random_model
 from benchmarks._report import table
 from trueline.methods.o_lora import norm, overlap
-from trueline.train.adapters import AdapterStack, adapter_layers, save_adapter
-from trueline.train.export import export
-from trueline.train.penalty import prepare, regularisation
-from trueline.train.regularisers import Drift, Norm, Overlap, Regulariser
-from trueline.train.second_moments import Moments
+from trueline.train.adapters.export import export
+from trueline.train.adapters.penalty import prepare, regularisation
+from trueline.train.adapters.regularisers import Drift, Norm, Overlap, Regulariser
+from trueline.train.adapters.second_moments import Moments
+from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKED = (1, 2, 8, 16)

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.utils import logging
 
 from trueline.errors import ConfigError, ModelError
-from trueline.train import adapters
-from trueline.train.adapters import AdapterStack, adapter_layers, read_adapter, save_adapter
-from trueline.train.export import export
+from trueline.train.adapters import stack as adapters
+from trueline.train.adapters.export import export
+from trueline.train.adapters.stack import AdapterStack, adapter_layers, read_adapter, save_adapter
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],

@@ -23,9 +23,9 @@ from transformers import T5ForConditionalGeneration as T5
 
 from trueline.errors import ConfigError, DataError, ModelError
 from trueline.evals.continual import average_accuracy
-from trueline.train.adapters import AdapterStack
+from trueline.train.adapters.stack import AdapterStack
 from trueline.train.continual import StreamConfig, run_stream
-from trueline.train.kinds import (
+from trueline.train.streams.kinds import (
     CausalKind,
     ClassifierKind,
     Seq2SeqKind,
@@ -34,9 +34,9 @@ from trueline.train.kinds import (
     padded,
     text_loss,
 )
-from trueline.train.statistics import fisher, moments_of
-from trueline.train.strategies import STRATEGIES, Anchored, Stage, make_strategy
-from trueline.train.tasks import Example, PromptForm, Task, TaskSettings, union_of_labels
+from trueline.train.streams.statistics import fisher, moments_of
+from trueline.train.streams.strategies import STRATEGIES, Anchored, Stage, make_strategy
+from trueline.train.streams.tasks import Example, PromptForm, Task, TaskSettings, union_of_labels
 
 SHORT = PromptForm(instruction=False, options=False)
 CONFIG = StreamConfig(

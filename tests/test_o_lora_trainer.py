@@ -17,19 +17,19 @@ from transformers.utils import logging
 from trueline.errors import ConfigError, DataError, ModelError
 from trueline.methods.drift import drift, factor_of
 from trueline.methods.o_lora import norm, overlap
-from trueline.train import penalty as penalties
-from trueline.train.adapters import AdapterStack, adapter_layers, save_adapter
-from trueline.train.export import export
-from trueline.train.o_lora import OLoraConfig, OLoraTrainer
-from trueline.train.penalty import PenaltyMixin
-from trueline.train.regularisers import Drift, Norm, Overlap
-from trueline.train.second_moments import (
+from trueline.train.adapters import penalty as penalties
+from trueline.train.adapters.export import export
+from trueline.train.adapters.penalty import PenaltyMixin
+from trueline.train.adapters.regularisers import Drift, Norm, Overlap
+from trueline.train.adapters.second_moments import (
     Moments,
     collect_moments,
     input_moments,
     load_moments,
     save_moments,
 )
+from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
+from trueline.train.o_lora import OLoraConfig, OLoraTrainer
 
 KINDS = list(TARGETS)
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from trueline.errors import ConfigError, DataError
-from trueline.train.streams import preset, read_stream, stream_from
-from trueline.train.tasks import (
+from trueline.train.streams.files import preset, read_stream, stream_from
+from trueline.train.streams.tasks import (
     INSTRUCTIONS,
     ORDERS,
     Example,

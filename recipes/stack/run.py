@@ -39,10 +39,15 @@ from recipes.stack.skills import Probe, grammar_of_tiny, own_dialogues, own_skil
 from trueline import LanguageModel, Plain, Request, SamplingParams, generate, load_model
 from trueline.errors import ConfigError
 from trueline.evals.continual import summary
-from trueline.train.adapters import AdapterStack, adapter_layers, save_adapter
+from trueline.train.adapters.regularisers import Drift, Overlap
+from trueline.train.adapters.second_moments import (
+    Moments,
+    collect_moments,
+    load_moments,
+    save_moments,
+)
+from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
 from trueline.train.o_lora import OLoraConfig, OLoraTrainer
-from trueline.train.regularisers import Drift, Overlap
-from trueline.train.second_moments import Moments, collect_moments, load_moments, save_moments
 
 HERE = Path(__file__).parent
 STRATEGIES = ("seq-lora", "inc-lora", "o-lora", "drift", "drift+before", "replay")

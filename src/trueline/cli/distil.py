@@ -13,8 +13,8 @@ from trueline.cli.cards import finish, note
 from trueline.cli.train import add_setting, read_layers, show
 from trueline.data import file_hash
 from trueline.errors import ConfigError, DataError, ModelError, check_number
-from trueline.train.folders import CHECKPOINTS
-from trueline.train.recipe import (
+from trueline.train.runs.folders import CHECKPOINTS
+from trueline.train.runs.recipe import (
     FIXED,
     Recipe,
     base_settings,
@@ -27,9 +27,9 @@ from trueline.train.recipe import (
 
 if TYPE_CHECKING:
     from trueline.modeling import LanguageModel
-    from trueline.train.folders import RunFolder
     from trueline.train.held_out import HeldOut
     from trueline.train.inverse_q import InverseQConfig, InverseQTrainer
+    from trueline.train.runs.folders import RunFolder
 
 SHOWN = {
     "loss": "loss",
@@ -117,11 +117,11 @@ def run(args: argparse.Namespace) -> int | None:
         from trueline.cli.rows import report
 
         return report(bad, str(found["prompts"]))
-    from trueline.train.records import quiet
+    from trueline.train.runs.records import quiet
 
     with quiet():
         from trueline.train.inverse_q import InverseQConfig
-        from trueline.train.settings import build, check, merge, resolved
+        from trueline.train.runs.settings import build, check, merge, resolved
 
         classes = [Recipe, InverseQConfig]
         values = merge(FIXED, *(check(given, classes, source) for given, source in layers))
@@ -151,11 +151,11 @@ def run(args: argparse.Namespace) -> int | None:
 
 def list_settings() -> None:
     """Print every setting with its default and what it is."""
-    from trueline.train.records import quiet
+    from trueline.train.runs.records import quiet
 
     with quiet():
         from trueline.train.inverse_q import InverseQConfig
-        from trueline.train.settings import explain
+        from trueline.train.runs.settings import explain
 
         for name, default, text in explain([Recipe, InverseQConfig]):
             if name != "output_dir":
@@ -182,7 +182,7 @@ def check_recipe(recipe: Recipe, values: dict[str, Any]) -> None:
 def config_of(values: dict[str, Any], output: str, recipe: Recipe) -> InverseQConfig:
     """Return the trainer's configuration."""
     from trueline.train.inverse_q import InverseQConfig
-    from trueline.train.settings import build, merge
+    from trueline.train.runs.settings import build, merge
 
     own = {"output_dir": str(Path(output) / CHECKPOINTS), "disable_tqdm": True}
     return build(InverseQConfig, merge(device_settings(recipe), values, own))
@@ -193,7 +193,7 @@ def open_folder(
 ) -> RunFolder:
     """Return the run's folder, refused where it holds anything else."""
     from trueline.cli.folders import command
-    from trueline.train.folders import RunFolder
+    from trueline.train.runs.folders import RunFolder
 
     settings = {
         "kind": "inverse-q",
@@ -255,8 +255,8 @@ def train(
     folder: RunFolder,
 ) -> None:
     """Train from the start or the checkpoint, and write weights, log, curves and card."""
-    from trueline.train.records import attach, quiet
-    from trueline.train.settings import write_toml
+    from trueline.train.runs.records import attach, quiet
+    from trueline.train.runs.settings import write_toml
 
     with quiet():
         trainer = make_trainer(args, values, recipe, model, rows, judging)

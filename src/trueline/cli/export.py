@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("`--model` and `--dtype` go with `--form merged`.")
     folders = adapter_folders(args.adapters)
     need_packages(("peft",))
-    from trueline.train.records import quiet
+    from trueline.train.runs.records import quiet
 
     with quiet():
-        from trueline.train.adapters import AdapterStack
-        from trueline.train.export import export
+        from trueline.train.adapters.export import export
+        from trueline.train.adapters.stack import AdapterStack
 
         stack = AdapterStack.load(folders)
         if args.form == "lora":
@@ -101,7 +101,7 @@ def base(args: argparse.Namespace, stack: Any) -> tuple[Any, Any]:
 
     from trueline.errors import suggestion
     from trueline.modeling import BUNDLED, DTYPES
-    from trueline.train.export import load_base
+    from trueline.train.adapters.export import load_base
 
     if args.dtype not in ("auto", *DTYPES):
         raise ConfigError(f'Unknown dtype "{args.dtype}".{suggestion(args.dtype, DTYPES)}')

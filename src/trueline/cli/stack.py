@@ -22,7 +22,7 @@ class StreamJob:
     """Which tasks are trained into which model, and how they are kept apart."""
 
     tasks: str | None = None
-    """TOML file of the stream; see `trueline.train.streams`."""
+    """TOML file of the stream; see `trueline.train.streams.files`."""
     data: str | None = None
     """Folder of the tasks' data, instead of the file's `data`."""
     model: str = "tiny"
@@ -62,20 +62,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check settings and tasks, train the stream, and say what it gave."""
-    from trueline.train.settings import build, check, explain, merge, resolved, write_toml
+    from trueline.train.runs.settings import build, check, explain, merge, resolved, write_toml
 
     layers = read_layers(args)
     found: dict[str, Any] = {name: value for values, _ in layers for name, value in values.items()}
     if not args.list_settings:
         early_checks(args, found)
-        from trueline.train.streams import read_stream
+        from trueline.train.streams.files import read_stream
 
         stream = read_stream(found["tasks"], data=found.get("data"))
-    from trueline.train.records import quiet
+    from trueline.train.runs.records import quiet
 
     with quiet():
         from trueline.train.continual import StreamConfig, run_stream
-        from trueline.train.strategies import STRATEGIES, make_strategy
+        from trueline.train.streams.strategies import STRATEGIES, make_strategy
 
     name = str(found.get("strategy", StreamJob.strategy))
     if name not in STRATEGIES:

@@ -39,14 +39,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trueline.errors import ConfigError, DataError
 from trueline.evals.continual import summary, trained
 from trueline.evals.runs import plain
-from trueline.train.folders import last_checkpoint
-from trueline.train.kinds import Factory, Kind, Row, accuracy_of, kind_of, text_loss
 from trueline.train.o_lora import OLoraConfig, OLoraTrainer
-from trueline.train.records import quiet
-from trueline.train.stage_weights import Fresh, StageWeights, model_factory
-from trueline.train.strategies import Stage, Strategy, make_strategy
-from trueline.train.stream_config import StreamConfig
-from trueline.train.stream_folder import (
+from trueline.train.runs.folders import last_checkpoint
+from trueline.train.runs.records import quiet
+from trueline.train.streams.config import StreamConfig
+from trueline.train.streams.folder import (
     Log,
     StreamResult,
     hold_folder,
@@ -54,7 +51,17 @@ from trueline.train.stream_folder import (
     write_json,
     write_result,
 )
-from trueline.train.tasks import Example, PromptForm, Task, TaskSettings, draw, union_of_labels
+from trueline.train.streams.kinds import Factory, Kind, Row, accuracy_of, kind_of, text_loss
+from trueline.train.streams.stage_weights import Fresh, StageWeights, model_factory
+from trueline.train.streams.strategies import Stage, Strategy, make_strategy
+from trueline.train.streams.tasks import (
+    Example,
+    PromptForm,
+    Task,
+    TaskSettings,
+    draw,
+    union_of_labels,
+)
 
 __all__ = ["StreamConfig", "StreamResult", "model_factory", "run_stream"]
 
@@ -76,7 +83,7 @@ def run_stream(
     """Train the tasks in their order by a strategy, and measure all of them after each.
 
     Args:
-        tasks: From `trueline.train.streams`, or made in Python.
+        tasks: From `trueline.train.streams.files`, or made in Python.
         model: "tiny", a folder or a hub name; or a function that returns a fresh (model,
             tokenizer), the same at every call. Weights that it freezes stay frozen. A classifier
             has an output for each label of `union_of_labels(tasks)`.

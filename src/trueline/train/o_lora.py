@@ -8,7 +8,7 @@
     save_adapter(trainer.model, "run/task2")
 
 `OLoraTrainer` is transformers' Trainer: causal language models, T5 and classifiers. Other trainers
-take the same terms through `trueline.train.penalty`.
+take the same terms through `trueline.train.adapters.penalty`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from trueline.errors import check_number
 from trueline.methods.o_lora import check_penalty
-from trueline.train.penalty import PenaltyMixin
-from trueline.train.regularisers import Norm, Overlap, Regulariser
+from trueline.train.adapters.penalty import PenaltyMixin
+from trueline.train.adapters.regularisers import Norm, Overlap, Regulariser
 
 
 @dataclass

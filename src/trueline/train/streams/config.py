@@ -8,7 +8,7 @@ from typing import Any
 from trueline.errors import ConfigError, check_number, suggestion
 
 SCORINGS = ("offered", "union", "generated")
-"""Candidates of an answer, see `trueline.train.kinds`."""
+"""Candidates of an answer, see `trueline.train.streams.kinds`."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from trueline.train.folders import RunFolder
+from trueline.train.runs.folders import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +107,7 @@ def quiet() -> Iterator[None]:
 
 def rank_note(rank: int) -> str:
     """Return what vLLM has to be told to serve a LoRA of this rank."""
-    from trueline.train.export import VLLM_RANKS
+    from trueline.train.adapters.export import VLLM_RANKS
 
     fitting = next((r for r in VLLM_RANKS if r >= rank), None)
     if fitting is None:

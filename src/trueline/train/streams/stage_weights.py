@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 from trueline.errors import ConfigError, ModelError
-from trueline.train.adapters import WEIGHTS, AdapterStack, save_adapter
-from trueline.train.kinds import Factory
-from trueline.train.strategies import Strategy
-from trueline.train.stream_config import StreamConfig
-from trueline.train.tasks import Task, union_of_labels
+from trueline.train.adapters.stack import WEIGHTS, AdapterStack, save_adapter
+from trueline.train.streams.config import StreamConfig
+from trueline.train.streams.kinds import Factory
+from trueline.train.streams.strategies import Strategy
+from trueline.train.streams.tasks import Task, union_of_labels
 
 SMALL = 1 << 30
 """Bytes of a model that is kept in memory untouched instead of being made anew for each stage."""

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trueline.errors import ConfigError, ModelError
-from trueline.train.adapters import CONFIG, PREFIX, WEIGHTS, AdapterStack, LowRank
+from trueline.train.adapters.stack import CONFIG, PREFIX, WEIGHTS, AdapterStack, LowRank
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""

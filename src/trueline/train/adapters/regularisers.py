@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from trueline.train.second_moments import Moments
+    from trueline.train.adapters.second_moments import Moments
 
 
 @dataclass(frozen=True)

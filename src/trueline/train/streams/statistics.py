@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trueline.train.adapters import adapter_layers
-from trueline.train.kinds import Kind, Row, by_length
-from trueline.train.second_moments import Moments, collect_moments
+from trueline.train.adapters.second_moments import Moments, collect_moments
+from trueline.train.adapters.stack import adapter_layers
+from trueline.train.streams.kinds import Kind, Row, by_length
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trueline.data import dump, lock, replace_file
 from trueline.errors import ConfigError, DataError
 from trueline.evals.runs import different, plain, versions
-from trueline.train.folders import step_of
+from trueline.train.runs.folders import step_of
 
 WRITTEN = ("stream.json", "log.jsonl", "R.json", "R.csv", "R.png", "time.png")
 
@@ -100,7 +100,7 @@ def write_result(
     replace_file(folder / "R.csv", text.getvalue())
     if not figures or (final and (folder / "time.png").exists()):
         return
-    from trueline.train.figures import draw_matrix, draw_over_time
+    from trueline.train.runs.figures import draw_matrix, draw_over_time
 
     for name, figure in (
         ("R.png", draw_matrix(result.R, result.tasks, result.strategy, result.untouched)),

@@ -50,8 +50,8 @@ from typing import Any
 
 from trueline.data import read_jsonl
 from trueline.errors import ConfigError, DataError, suggestion
-from trueline.train.settings import read_toml
-from trueline.train.tasks import (
+from trueline.train.runs.settings import read_toml
+from trueline.train.streams.tasks import (
     INSTRUCTIONS,
     Example,
     PromptForm,

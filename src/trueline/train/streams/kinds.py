@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from trueline.errors import ConfigError, DataError, ModelError
-from trueline.train.tasks import Example, PromptForm, Task, normalise, same_label
+from trueline.train.streams.tasks import Example, PromptForm, Task, normalise, same_label
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from trueline.data import shown
 from trueline.errors import ConfigError, DataError, suggestion
-from trueline.train.annotations import Mismatch, Word, convert, describe, table_of
+from trueline.train.runs.annotations import Mismatch, Word, convert, describe, table_of
 
 C = TypeVar("C")
 

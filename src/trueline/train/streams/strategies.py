@@ -33,11 +33,11 @@ from safetensors.torch import load_file, save_file
 from trueline.errors import ConfigError, check_number, suggestion
 from trueline.methods.inf_lora import grow_basis, reading_matrix
 from trueline.methods.o_lora import Penalty, check_penalty
-from trueline.train.adapters import adapter_layers
-from trueline.train.kinds import Kind, Row
-from trueline.train.regularisers import Drift, Norm, Overlap, Regulariser, Target
-from trueline.train.statistics import fisher, moments_of
-from trueline.train.tasks import TaskSettings
+from trueline.train.adapters.regularisers import Drift, Norm, Overlap, Regulariser, Target
+from trueline.train.adapters.stack import adapter_layers
+from trueline.train.streams.kinds import Kind, Row
+from trueline.train.streams.statistics import fisher, moments_of
+from trueline.train.streams.tasks import TaskSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,7 +173,7 @@ class DriftLora(Strategy):
 
     def after(self, model: Any, stage: Stage, folder: Path) -> None:
         """Keep the moments of the task."""
-        from trueline.train.second_moments import save_moments
+        from trueline.train.adapters.second_moments import save_moments
 
         save_moments(
             moments_of(

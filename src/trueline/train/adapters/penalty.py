@@ -16,9 +16,9 @@ import torch
 
 from trueline.errors import ModelError
 from trueline.methods.o_lora import row_basis, share
-from trueline.train.adapters import AdapterStack, adapter_layers, linear_weight
-from trueline.train.regularisers import Regulariser, Target
-from trueline.train.second_moments import Moments, load_moments
+from trueline.train.adapters.regularisers import Regulariser, Target
+from trueline.train.adapters.second_moments import Moments, load_moments
+from trueline.train.adapters.stack import AdapterStack, adapter_layers, linear_weight
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
