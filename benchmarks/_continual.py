@@ -18,6 +18,7 @@ from trueline.evals.continual import over_seeds, summary
 from trueline.evals.statistics import Estimate
 from trueline.train.continual import StreamConfig, run_stream
 from trueline.train.streams.files import preset
+from trueline.train.streams.folder import StreamResult
 from trueline.train.streams.strategies import make_strategy
 from trueline.train.streams.tasks import PromptForm, Task, union_of_labels
 
@@ -38,7 +39,8 @@ MEASURES = (
     "forward_transfer",
     "forgetting",
 )
-STACKED = ("query", "value")
+STACKED, BATCH = ("query", "value"), 16
+PROMPT = PromptForm(instruction=False, options=False)
 TUNE_ORDERS, TUNE_SEED, FINALISTS = ("order-4", "order-6"), 0, 3
 """Settings are tried on the first order; the best of them, so many, on the second too."""
 
@@ -96,35 +98,10 @@ class Bench:
         self, protocol: str, strategy: str, order: str, seed: int, choice: Choice, *, tuning: bool
     ) -> dict[str, Any]:
         """Run one cell and return its row of results."""
-        tasks = self.tasks(order)
         folder = self.work / ("tuning" if tuning else "runs")
         folder /= "-".join([protocol, strategy, order, str(seed), choice.text()]).replace(" ", "")
         start = time.process_time()
-        result = run_stream(
-            tasks,
-            self.factory(tasks),
-            make_strategy(strategy, **choice.options),
-            output=folder,
-            config=StreamConfig(
-                dropout=0.0,
-                target_modules=STACKED,
-                learning_rate=choice.learning_rate,
-                warmup_steps=10,
-                batch_size=16,
-                limit=self.size.rows,
-                train_labels=protocol,
-                scoring=protocol,
-                evaluate="seen" if tuning else "all",
-                evaluate_on="validation" if tuning else "test",
-                evaluate_limit=self.size.validation_rows if tuning else self.size.test_rows,
-                seed=seed,
-                save_steps=10_000,
-                logging_steps=1000,
-            ),
-            prompt=PromptForm(instruction=False, options=False),
-            figures=False,
-            progress=False,
-        )
+        result = self.train(protocol, strategy, order, seed, choice, folder, tuning=tuning)
         seconds = time.process_time() - start
         other = next(name for name in PROTOCOLS if name != protocol)
         row = {
@@ -140,6 +117,45 @@ class Bench:
         }
         shutil.rmtree(folder, ignore_errors=True)
         return row
+
+    def train(
+        self,
+        protocol: str,
+        strategy: str,
+        order: str,
+        seed: int,
+        choice: Choice,
+        folder: Path,
+        *,
+        tuning: bool,
+    ) -> StreamResult:
+        """Train a strategy on an order and measure it, on validation rows if `tuning`."""
+        tasks = self.tasks(order)
+        return run_stream(
+            tasks,
+            self.factory(tasks),
+            make_strategy(strategy, **choice.options),
+            output=folder,
+            config=StreamConfig(
+                dropout=0.0,
+                target_modules=STACKED,
+                learning_rate=choice.learning_rate,
+                warmup_steps=10,
+                batch_size=BATCH,
+                limit=self.size.rows,
+                train_labels=protocol,
+                scoring=protocol,
+                evaluate="seen" if tuning else "all",
+                evaluate_on="validation" if tuning else "test",
+                evaluate_limit=self.size.validation_rows if tuning else self.size.test_rows,
+                seed=seed,
+                save_steps=10_000,
+                logging_steps=1000,
+            ),
+            prompt=PROMPT,
+            figures=False,
+            progress=False,
+        )
 
 
 class Results:

@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks._continual import (
     MEASURES,
+    PROTOCOLS,
     TUNE_ORDERS,
     Choice,
     Results,
@@ -18,7 +19,7 @@ from benchmarks._continual import (
     measures,
 )
 from benchmarks._report import table
-from trueline.evals.continual import mean_matrix
+from trueline.evals.continual import mean_matrix, over_seeds, summary
 from trueline.evals.statistics import Estimate
 from trueline.train.streams.strategies import STRATEGIES
 
@@ -29,6 +30,7 @@ GIVEN = {
 }
 """What a strategy is given beyond the text alone."""
 CURVE = ("inc-lora", "o-lora", "drift")
+PAIRS = (("o-lora", "inc-lora"), ("drift", "o-lora"), ("drift", "inf-lora"), ("drift", "replay"))
 
 
 def write(folder: Path, protocol: str) -> str:
@@ -40,7 +42,7 @@ def write(folder: Path, protocol: str) -> str:
     of = {name: [r for r in rows if r["strategy"] == name] for name in names}
     found = {name: estimates(own) for name, own in of.items()}
     text = f'### Protocol "{protocol}"\n\n' + main_table(of, found) + "\n"
-    text += by_task(of) + "\n"
+    text += paired(of) + "\n" + other_view(of, protocol) + "\n" + by_task(of) + "\n"
     if tuned:
         text += tuning_table(tuned)
     if found:
@@ -73,6 +75,38 @@ def main_table(
     if untouched:
         lines.insert(0, ["untouched", "", f"{100 * np.mean(untouched):.1f}", *[""] * 6, ""])
     return table(head, lines)
+
+
+def paired(of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return differences between strategies on the same orders and seeds, in points."""
+    lines = []
+    for ours, other in PAIRS:
+        both = [
+            {(r["order"], r["seed"]): measures(r) for r in of.get(n, ())} for n in (ours, other)
+        ]
+        cells = [key for key in both[0] if key in both[1]]
+        if cells:
+            line = [f"{ours} less {other}", len(cells)]
+            for m in ("average_accuracy", "backward_transfer", "learning_accuracy"):
+                e = over_seeds([both[0][key][m] - both[1][key][m] for key in cells])
+                line.append(f"{cell(e)} [{100 * e.low:.1f}, {100 * e.high:.1f}]")
+            lines.append(line)
+    head = ["", "pairs", "average accuracy", "backward transfer", "learning accuracy"]
+    return "Paired, points, 95 % interval:\n\n" + table(head, lines)
+
+
+def other_view(of: Mapping[str, Sequence[Mapping[str, Any]]], protocol: str) -> str:
+    """Return the same models scored by the other protocol: means over runs, in per cent."""
+    other = next(name for name in PROTOCOLS if name != protocol)
+    lines = []
+    for name, rows in of.items():
+        found = [summary(matrix(row[f"R_{other}"])) for row in rows if f"R_{other}" in row]
+        if found:
+            shown = ("average_accuracy", "backward_transfer", "learning_accuracy")
+            lines.append([name, *(cell(over_seeds([f[m] for f in found])) if m in found[0] else ""
+                                  for m in shown)])  # fmt: skip
+    head = ["", "average accuracy", "backward transfer", "learning accuracy"]
+    return f'The same models, scored as in "{other}":\n\n' + table(head, lines)
 
 
 def by_task(of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

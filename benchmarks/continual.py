@@ -3,6 +3,7 @@
     python benchmarks/continual.py tune --protocol union       # settings, on validation rows alone
     python benchmarks/continual.py run --protocol union        # 3 orders x 3 seeds, on test rows
     python benchmarks/continual.py sweep --protocol union      # the stability-plasticity curve
+    python benchmarks/continual.py cause --protocol union      # what later adapters do to the first
     python benchmarks/continual.py report                      # tables and pictures
     python benchmarks/continual.py run --quick --work /tmp/x --results /tmp/y     # a look
 
@@ -162,6 +163,22 @@ def sweep(args: argparse.Namespace) -> None:
                 validate(bench, results, args.protocol, strategy, TUNE_ORDERS[0], choice)
 
 
+def cause(args: argparse.Namespace) -> None:
+    """Print what later adapters do on the first task's inputs, for the strategies that stack."""
+    from benchmarks import _continual_cause as causes
+    from benchmarks._continual import TUNE_ORDERS, Results, best
+
+    bench = build(args)
+    tuned = Results(args.results / f"tuning-{args.protocol}.json")
+    found, settings = {}, []
+    for strategy in ("inc-lora", "o-lora", "drift"):
+        own = choices(args.protocol)[strategy]
+        chosen = (best(tuned.rows, strategy, own, TUNE_ORDERS) or own)[0]
+        settings.append(chosen)
+        found[strategy] = causes.cause(bench, args.protocol, strategy, chosen)
+    print(causes.text(found, settings), end="")
+
+
 def report(args: argparse.Namespace) -> None:
     """Print the tables and draw the pictures of all results that are there."""
     from benchmarks._continual_report import write
@@ -169,7 +186,7 @@ def report(args: argparse.Namespace) -> None:
     print(write(args.results, args.protocol), end="")
 
 
-COMMANDS = {"tune": tune, "run": run, "sweep": sweep, "report": report}
+COMMANDS = {"tune": tune, "run": run, "sweep": sweep, "cause": cause, "report": report}
 
 
 def parser() -> argparse.ArgumentParser:

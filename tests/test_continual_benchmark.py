@@ -197,6 +197,7 @@ def test_the_report_has_every_strategy_and_the_curve(cells, monkeypatch, tmp_pat
             "learning_rate": 1e-3,
             "options": {},
             "R": R,
+            "R_offered": cells.rounded(rng.random((10, 10))),
             "untouched": [0.1] * 10,
             **more,
         }
@@ -212,6 +213,10 @@ def test_the_report_has_every_strategy_and_the_curve(cells, monkeypatch, tmp_pat
     spread = np.std([np.mean(r["R"][-1]) for r in rows[:2]], ddof=1) / 2**0.5
     assert f"| inc-lora | 2 | {100 * mean:.1f} ± {100 * spread:.1f} |" in text
     assert "| untouched |  | 10.0 |" in text
+    first, second = (np.mean([np.mean(r["R"][-1]) for r in rows[i : i + 2]]) for i in (0, 2))
+    assert f"| o-lora less inc-lora | 2 | {100 * (second - first):.1f} ±" in text
+    offered = np.mean([np.mean(r["R_offered"][-1]) for r in rows[4:]])
+    assert f"| drift | {100 * offered:.1f} ±" in text
     pictures = {p.name for p in tmp_path.glob("*.png")}
     assert pictures == {"union.png", "union-curve.png", "union-inc-lora.png", "union-o-lora.png",
                         "union-drift.png"}  # fmt: skip
@@ -247,3 +252,27 @@ def test_cells_run_once_and_go_on(command, states, data, tmp_path, capsys, monke
     (tmp_path / "results/tuning-union.json").write_text(json.dumps(tuned))
     with pytest.raises(AssertionError, match="run again"):
         command.main(["run", *options])
+
+
+def test_inside_is_the_share_of_energy_in_a_span(cells):
+    from benchmarks._continual_cause import inside, unit
+
+    f = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    assert inside(f, torch.tensor([[2.0, 0.0, 0.0]])) == pytest.approx(9 / 25)
+    assert inside(f, torch.tensor([[2.0, 2.0, 0.0], [1.0, -1.0, 0.0]])) == pytest.approx(1)
+    assert inside(f, torch.tensor([[0.0, 0.0, 5.0]])) == pytest.approx(0)
+    torch.testing.assert_close(unit(f).norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.slow
+def test_what_later_adapters_do_to_the_first_task(command, states, data, tmp_path, capsys):
+    command.main(["cause", "--quick", "--data", str(data), "--work", str(tmp_path / "work"),
+                  "--results", str(tmp_path / "results")])  # fmt: skip
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == ["inc-lora", "o-lora", "drift"]
+    for row in rows:
+        cosine, own, seen, moved = (float(cell.strip(" |")) for cell in row[2:])
+        assert 0 < cosine < 0.2
+        assert 0 < own < 1
+        assert 0 < seen < 1
+        assert moved > 0
