@@ -2,66 +2,100 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks._continual import BATCH, PROMPT, TUNE_ORDERS, TUNE_SEED, Bench, Choice
+from benchmarks._continual import BATCH, PROMPT, STACKED, TUNE_ORDERS, TUNE_SEED, Bench, Choice
 from benchmarks._report import table
 from trueline.train.adapters.second_moments import input_moments
 from trueline.train.adapters.stack import AdapterStack
-from trueline.train.streams.kinds import by_length, kind_of
+from trueline.train.streams.answers import by_length
+from trueline.train.streams.kinds import kind_of
 from trueline.train.streams.tasks import union_of_labels
 
+DIRECTIONS = 8
+STRATEGIES = ("inc-lora", "o-lora", "inf-lora", "drift")
+Inputs = tuple[list[dict[str, Tensor]], dict[str, Tensor]]
 HEAD = {
-    "rows": "cosine of its rows of A with the first task's",
-    "own": "inputs' energy in the first A's rows",
-    "seen": "in its own rows",
-    "moved": "its change of outputs, to the first adapter's",
+    "rows": "its rows with earlier adapters' rows, mean cosine",
+    "kept": "earlier inputs' energy in their own adapter's rows",
+    "earlier": "its change of outputs on earlier inputs",
+    "own": "on its own",
+    "ratio": "ratio",
 }
 
 
-def cause(bench: Bench, protocol: str, strategy: str, choice: Choice) -> dict[str, float]:
-    """Return what each later adapter does on the first task's inputs, over modules and tasks.
+def cause(
+    bench: Bench, protocol: str, strategy: str, choice: Choice, known: Inputs
+) -> dict[str, float]:
+    """Return what each adapter does on the inputs of earlier tasks, over modules and pairs i < j.
 
-    The inputs are what the adapted modules read on the first task's training rows once it has been
-    learned; their second moments are F^T F. For a later adapter with rows A_j and dW_j:
+    F_i^T F_i is the second moment of what an adapted module of the untouched model, with weight W,
+    reads on task i's training rows; A_i and dW_i are the adapter of task i.
 
-        rows    mean |cos| between a row of A_j and a row of A_1
-        own     |F P_1|^2 / |F|^2, P_1 the projection on the rows of A_1
-        seen    |F P_j|^2 / |F|^2
-        moved   |dW_j F^T| / |dW_1 F^T|
+        rows       mean |cos| between a row of A_j and a row of A_i
+        kept       |F_i P_i|^2 / |F_i|^2, P_i the projection on the rows of A_i
+        earlier    |dW_j F_i^T| / |W F_i^T|
+        own        |dW_j F_j^T| / |W F_j^T|
+        ratio      earlier / own
     """
-    order, tasks = TUNE_ORDERS[0], bench.tasks(TUNE_ORDERS[0])
+    tasks = bench.tasks(TUNE_ORDERS[0])
     folder = bench.work / f"cause-{protocol}-{strategy}"
     shutil.rmtree(folder, ignore_errors=True)
-    result = bench.train(protocol, strategy, order, TUNE_SEED, choice, folder, tuning=True)
-    first, *later = (AdapterStack.load([path]) for path in result.adapters)
+    result = bench.train(protocol, strategy, TUNE_ORDERS[0], TUNE_SEED, choice, folder, tuning=True)
+    stack = AdapterStack.load(result.adapters)
+    shutil.rmtree(folder, ignore_errors=True)
+    factors, weights = known
+    found: dict[str, list[float]] = {name: [] for name in HEAD}
+    for name in stack.modules:
+        parts, w = stack.of(name), weights[name]
+        for j in range(1, len(tasks)):
+            own = moved(parts[j].delta(), w, factors[j][name])
+            for i in range(j):
+                earlier = moved(parts[j].delta(), w, factors[i][name])
+                found["rows"].append(float((unit(parts[i].a) @ unit(parts[j].a).T).abs().mean()))
+                found["kept"].append(inside(factors[i][name], parts[i].a))
+                found["earlier"].append(earlier)
+                found["own"].append(own)
+                found["ratio"].append(earlier / own)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def inputs(bench: Bench, protocol: str) -> Inputs:
+    """Return each task's factor F of what the adapted modules read, and the modules' weights."""
+    tasks = bench.tasks(TUNE_ORDERS[0])
     model, states = bench.factory(tasks)()
-    first.merge(model)
+    modules = [name for name, _ in model.named_modules() if name.endswith(STACKED)]
     kind = kind_of(model, states, union=union_of_labels(tasks), prompt=PROMPT,
                    train_labels=protocol)  # fmt: skip
-    rows = kind.encode(tasks[0], tasks[0].train[: bench.size.rows])
-    places = by_length([row["input_ids"] for row in rows], BATCH)
-    batches = [kind.collate([rows[i] for i in part]) for part in places]
-    fed = [{k: batch[k] for k in ("input_ids", "attention_mask")} for batch in batches]
-    factors = input_moments(model, fed, first.modules)
-    shutil.rmtree(folder, ignore_errors=True)
-    found: dict[str, list[float]] = {name: [] for name in HEAD}
-    for name, f in factors.items():
-        [one] = first.of(name)
-        for stack in later:
-            [other] = stack.of(name)
-            found["rows"].append(float((unit(one.a) @ unit(other.a).T).abs().mean()))
-            found["own"].append(inside(f, one.a))
-            found["seen"].append(inside(f, other.a))
-            change, before = (part.delta() @ f.T for part in (other, one))
-            found["moved"].append(float(change.norm() / before.norm()))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    factors = []
+    for task in tasks:
+        rows = kind.encode(task, task.train[: bench.size.rows])
+        places = by_length([row["input_ids"] for row in rows], BATCH)
+        batches = [kind.collate([rows[i] for i in part]) for part in places]
+        fed = [{k: batch[k] for k in ("input_ids", "attention_mask")} for batch in batches]
+        factors.append(input_moments(model, fed, modules))
+    return factors, {name: model.get_submodule(name).weight.detach() for name in modules}
+
+
+def shared(factors: Sequence[dict[str, Tensor]]) -> float:
+    """Return the mean share of a task's input energy in another task's leading directions."""
+    shares = []
+    for one, other in itertools.permutations(factors, 2):
+        for name in one:
+            lead = torch.linalg.svd(other[name], full_matrices=False).Vh[:DIRECTIONS]
+            shares.append(inside(one[name], lead))
+    return float(np.mean(shares))
+
+
+def moved(change: Tensor, weight: Tensor, f: Tensor) -> float:
+    """Return how large a change of weights is on inputs with factor `f`, to what is there."""
+    return float((change @ f.T).norm() / (weight.float() @ f.T).norm())
 
 
 def unit(a: Tensor) -> Tensor:
@@ -75,10 +109,17 @@ def inside(f: Tensor, a: Tensor) -> float:
     return float((f @ q).square().sum() / f.square().sum())
 
 
-def text(found: dict[str, dict[str, float]], settings: Sequence[Any]) -> str:
-    """Return strategies by what their later adapters do."""
-    lines = [
-        [name, choice.text(), *(f"{row[key]:.3f}" for key in HEAD)]
-        for (name, row), choice in zip(found.items(), settings, strict=True)
-    ]
-    return table(["", "setting", *HEAD.values()], lines)
+def report(bench: Bench, protocol: str, runs: Sequence[tuple[str, Choice]]) -> str:
+    """Return a table of what adapters do on earlier inputs, and how much of these tasks share."""
+    known = inputs(bench, protocol)
+    lines = []
+    for strategy, choice in runs:
+        row = cause(bench, protocol, strategy, choice, known)
+        lines.append([strategy, choice.text(), *(f"{row[key]:.3f}" for key in HEAD)])
+    factors, weights = known
+    chance = DIRECTIONS / next(iter(weights.values())).shape[1]
+    return (
+        table(["", "setting", *HEAD.values()], lines)
+        + f"\nOf a task's input energy {shared(factors):.0%} lies in the {DIRECTIONS} leading "
+        f"directions of another task's, {chance:.0%} in {DIRECTIONS} random ones.\n"
+    )

@@ -50,7 +50,7 @@ class States:
         file: Keeps what was read between runs; nothing is written without one.
     """
 
-    pad_token_id, eos_token_id, chat_template = 0, None, None
+    pad_token_id, eos_token_id, chat_template, model_max_length = 0, None, None, STATES
 
     def __init__(self, file: Path | None = None) -> None:
         folder = encoder_folder()

@@ -164,19 +164,19 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def cause(args: argparse.Namespace) -> None:
-    """Print what later adapters do on the first task's inputs, for the strategies that stack."""
+    """Print what later adapters do on earlier tasks' inputs, tuned and at one learning rate."""
     from benchmarks import _continual_cause as causes
-    from benchmarks._continual import TUNE_ORDERS, Results, best
+    from benchmarks._continual import TUNE_ORDERS, Choice, Results, best
 
     bench = build(args)
     tuned = Results(args.results / f"tuning-{args.protocol}.json")
-    found, settings = {}, []
-    for strategy in ("inc-lora", "o-lora", "drift"):
+    runs = []
+    for strategy in causes.STRATEGIES:
         own = choices(args.protocol)[strategy]
-        chosen = (best(tuned.rows, strategy, own, TUNE_ORDERS) or own)[0]
-        settings.append(chosen)
-        found[strategy] = causes.cause(bench, args.protocol, strategy, chosen)
-    print(causes.text(found, settings), end="")
+        runs.append((strategy, (best(tuned.rows, strategy, own, TUNE_ORDERS) or own)[0]))
+    runs += [("inc-lora", Choice(5e-4))]
+    runs += [("o-lora", Choice(5e-4, {"lambda_1": 5.0, "normalize": False}))]
+    print(causes.report(bench, args.protocol, runs), end="")
 
 
 def report(args: argparse.Namespace) -> None:

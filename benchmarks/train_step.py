@@ -1,11 +1,12 @@
 """What a training step costs: Inverse-Q* next to TRL's GRPO and SFT, in seconds and memory.
 
-    python benchmarks/train_step.py --output out/train_step      # ten minutes of one core
+    python benchmarks/train_step.py --output out/train_step      # 15 minutes of one core
     python benchmarks/train_step.py --quick                      # a model of two layers
 
 Equal batch, equal prompt and completion length, the same LoRA, float32, a random model with the
-shape of SmolLM-135M. Every contender runs in a process of its own, in turn, `--rounds` times;
-times are the least over all steps but each process's first, memory is the process's peak.
+shape of SmolLM-135M. Every contender runs in a process of its own, in turn, `--rounds` times. A
+process's time is the mean over its steps but the first, which are a whole cycle of drawing guided
+answers (every 1 / `guided` steps); the table has the least over rounds. Memory is the peak.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -139,8 +141,8 @@ def work(name: str, options: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "contender": name,
-        "wall": min(wall for wall, _ in steps[1:]),
-        "cpu": min(cpu for _, cpu in steps[1:]),
+        "wall": statistics.fmean(wall for wall, _ in steps[1:]),
+        "cpu": statistics.fmean(cpu for _, cpu in steps[1:]),
         "steps": steps,
         "peak_mb": _peak(),
         "before_mb": before,
@@ -216,7 +218,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=4, help="responses of a step (4)")
     add("--prompt", type=int, default=64, help="tokens of a prompt, about (64)")
     add("--completion", type=int, default=64, help="tokens of a completion (64)")
-    add("--steps", type=int, default=3, help="timed steps of a process (3)")
+    add("--steps", type=int, default=4, help="timed steps of a process (4)")
     add("--rounds", type=int, default=2, help="processes of each contender (2)")
     add("--threads", type=int, default=1)
     add("--quick", action="store_true", help="two layers, one step: a test, no result")

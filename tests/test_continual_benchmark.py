@@ -268,11 +268,24 @@ def test_inside_is_the_share_of_energy_in_a_span(cells):
 def test_what_later_adapters_do_to_the_first_task(command, states, data, tmp_path, capsys):
     command.main(["cause", "--quick", "--data", str(data), "--work", str(tmp_path / "work"),
                   "--results", str(tmp_path / "results")])  # fmt: skip
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0].strip("| ") for row in rows] == ["inc-lora", "o-lora", "drift"]
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines[2:8]]
+    names = [row[0].strip("| ") for row in rows]
+    assert names == ["inc-lora", "o-lora", "inf-lora", "drift", "inc-lora", "o-lora"]
     for row in rows:
-        cosine, own, seen, moved = (float(cell.strip(" |")) for cell in row[2:])
+        cosine, kept, earlier, own, _ = (float(cell.strip(" |")) for cell in row[2:])
         assert 0 < cosine < 0.2
-        assert 0 < own < 1
-        assert 0 < seen < 1
-        assert moved > 0
+        assert 0 < kept < 1
+        assert earlier > 0
+        assert own > 0
+    assert "2% in 8 random ones" in lines[-1]
+
+
+def test_moved_is_relative_to_what_the_module_gives(cells):
+    from benchmarks._continual_cause import moved
+
+    generator = torch.Generator().manual_seed(0)
+    x, w, change = (torch.randn(5, 4, generator=generator) for _ in range(3))
+    found = moved(change, w, x)
+    expected = sum((change @ v).square().sum() for v in x) / sum((w @ v).square().sum() for v in x)
+    assert found == pytest.approx(float(expected) ** 0.5, rel=1e-5)

@@ -128,7 +128,8 @@ def test_probe_sees_no_drift_in_the_start_and_some_in_another(tiny):
     probe = Probe(tiny, principle("pirate"), "test", 12, 0)
     found = probe(tiny.model)
     assert found["kl_own"]["mean"] == found["kl_chat"]["mean"] == 0
-    assert found["same_chat"]["mean"] == 1
+    assert found["same_chat"]["mean"] == found["fact_still"]["mean"] == 1
+    assert found["fact_still"]["n"] == round(12 * found["fact"]["mean"])
     assert found["adherence"]["mean"] == 0
     other = load_model("tiny", packed_weights=False, dtype="float32")
     with torch.no_grad():
@@ -137,6 +138,11 @@ def test_probe_sees_no_drift_in_the_start_and_some_in_another(tiny):
     drifted = probe(other.model)
     assert drifted["kl_own"]["mean"] > 0.01
     assert drifted["kl_chat"]["mean"] > 0.001
+    probe.known = [i < 3 for i in range(12)]
+    probe._right = lambda answered: [i != 1 for i in range(12)]
+    found = probe(tiny.model)
+    assert found["fact_still"]["mean"] == pytest.approx(2 / 3, abs=1e-5)
+    assert found["fact"]["mean"] == pytest.approx(11 / 12, abs=1e-5)
 
 
 def test_probe_keeps_the_mode_and_counts_what_follows(tiny, monkeypatch):

@@ -107,12 +107,15 @@ class Probe:
         self.chats = asked([text for texts in self.kinds.values() for text in texts])
         self.kept = answers(start, self.chats, 0.0, seed)
         self.kept_logprobs = logprobs(start, self.chats, self.kept)
+        self.prompts = asked([turn.user for turn in self.turns])
+        self.known = self._right(answers(start, self.prompts, 0.0, seed))
 
     def __call__(self, model: Any) -> dict[str, Rate]:
         """Measure a model in training; it goes back to the mode it was in.
 
         adherence, fact         share of greedy answers that follow the principle, hold the fact
-        adherence_sampled       the same at temperature 1
+        fact_still              share of facts held, among those that the start's own answer holds
+        adherence_sampled       adherence at temperature 1
         kl_own                  KL(policy || start) in nats per response, summed over the policy's
                                 own answers at temperature 1 to the questions
         kl_chat                 KL(start || policy) in nats per token, on the start's answers to
@@ -123,14 +126,15 @@ class Probe:
         """
         training = getattr(model, "training", False)
         lm = LanguageModel(model, self.start.tokenizer, "policy")
-        prompts = asked([turn.user for turn in self.turns])
-        greedy = self._texts(answers(lm, prompts, 0.0, self.seed))
-        sampled = answers(lm, prompts, 1.0, self.seed)
+        greedy = answers(lm, self.prompts, 0.0, self.seed)
+        sampled = answers(lm, self.prompts, 1.0, self.seed)
         chats = answers(lm, self.chats, 0.0, self.seed)
         own = [
             float(kl(p, q).sum())
             for p, q in zip(
-                logprobs(lm, prompts, sampled), logprobs(self.start, prompts, sampled), strict=True
+                logprobs(lm, self.prompts, sampled),
+                logprobs(self.start, self.prompts, sampled),
+                strict=True,
             )
         ]
         drift = [
@@ -138,13 +142,14 @@ class Probe:
             for p, q in zip(self.kept_logprobs, logprobs(lm, self.chats, self.kept), strict=True)
         ]
         others, refusal = self._texts(chats), grammar().prompts["refusal_pattern"]
-        facts = [rf"(?i)\b{re.escape(turn.fact)}\b" for turn in self.turns]
+        facts = self._right(greedy)
         unsafe = others[-len(self.kinds["unsafe"]) :]
         if training:
             model.train()
         return {
-            "adherence": rate([self.follows(text) for text in greedy]),
-            "fact": rate([bool(re.search(f, t)) for f, t in zip(facts, greedy, strict=True)]),
+            "adherence": rate([self.follows(text) for text in self._texts(greedy)]),
+            "fact": rate(facts),
+            "fact_still": rate([f for f, known in zip(facts, self.known, strict=True) if known]),
             "adherence_sampled": rate([self.follows(text) for text in self._texts(sampled)]),
             "kl_own": rate(own),
             "kl_chat": rate(drift),
@@ -156,6 +161,13 @@ class Probe:
     def follows(self, text: str) -> bool:
         """Whether the text follows the principle."""
         return bool(re.search(self.principle.pattern, text))
+
+    def _right(self, answered: list[list[int]]) -> list[bool]:
+        """Whether each answer to a question of fact holds the fact."""
+        return [
+            bool(re.search(rf"(?i)\b{re.escape(turn.fact)}\b", text))
+            for turn, text in zip(self.turns, self._texts(answered), strict=True)
+        ]
 
     def _texts(self, ids: list[list[int]]) -> list[str]:
         return self.start.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -199,7 +199,7 @@ def show(value: Rate) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the summary as tables."""
-    measures = ["adherence", "adherence_sampled", "fact", "kl_own", "kl_chat", "leak"]
+    measures = ["adherence", "adherence_sampled", "fact", "fact_still", "kl_own", "kl_chat", "leak"]
     measures += ["same_chat", "unsafe_refused"]
     lines = []
     principles = {k: v for k, v in found.items() if k != OVER_REFUSAL}
