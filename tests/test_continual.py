@@ -25,17 +25,12 @@ from trueline.errors import ConfigError, DataError, ModelError
 from trueline.evals.continual import average_accuracy
 from trueline.train.adapters.stack import AdapterStack
 from trueline.train.continual import StreamConfig, run_stream
-from trueline.train.streams.kinds import (
-    CausalKind,
-    ClassifierKind,
-    Seq2SeqKind,
-    answer_logprobs,
-    decoder_logprobs,
-    padded,
-    text_loss,
-)
+from trueline.train.streams.answers import answer_logprobs, decoder_logprobs, padded, text_loss
+from trueline.train.streams.kinds import CausalKind, ClassifierKind, Seq2SeqKind, kind_of
+from trueline.train.streams.memories import Anchored
+from trueline.train.streams.stages import Stage
 from trueline.train.streams.statistics import fisher, moments_of
-from trueline.train.streams.strategies import STRATEGIES, Anchored, Stage, make_strategy
+from trueline.train.streams.strategies import STRATEGIES, make_strategy
 from trueline.train.streams.tasks import Example, PromptForm, Task, TaskSettings, union_of_labels
 
 SHORT = PromptForm(instruction=False, options=False)
@@ -135,6 +130,27 @@ def test_long_prompts_lose_the_end_of_the_sentence_alone():
     )["input_ids"]  # fmt: skip
     with pytest.raises(DataError, match="`max_length` is 10"):
         replace(kind, max_length=10).prompt_ids(task, ["abc"])
+
+
+def test_prompts_leave_room_for_the_answer_where_places_are_few():
+    model, tokenizer = random_model("gpt2", positions=60), byte_tokenizer()
+    kind = kind_of(model, tokenizer, union=("red", "blue"), prompt=SHORT, chat=False)
+    rows = kind.encode(TASKS[0], [Example("abc" * 50, label) for label in ("red", "blue")])
+    # " blue" and the end are six tokens, and what is written may be two longer.
+    assert [row["prompt_length"] for row in rows] == [52, 52]
+    for scoring in ("offered", "generated"):
+        assert len(kind.predict(model, TASKS[0], rows, scoring, 2)[scoring]) == 2
+    kind = kind_of(classifier(), tokenizer, union=union_of_labels(TASKS), prompt=SHORT)
+    (row,) = kind.encode(TASKS[0], [Example("abc" * 50, "red")])
+    assert len(row["input_ids"]) == 128
+    tokenizer.model_max_length = 100  # fewer than the model has: RoBERTa's first two are not used
+    kind = kind_of(classifier(), tokenizer, union=union_of_labels(TASKS), prompt=SHORT)
+    (row,) = kind.encode(TASKS[0], [Example("abc" * 50, "red")])
+    assert len(row["input_ids"]) == 100
+    with pytest.raises(DataError, match="the model has places for 9: leave lines"):
+        replace(kind, prompt=PromptForm(), positions=9).prompt_ids(TASKS[0], ["abc"])
+    # T5 counts distances, not places.
+    assert kind_of(t5(), byte_tokenizer(), union=("a", "b")).positions is None
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +279,11 @@ def test_the_stack_must_be_the_one_in_the_model(tmp_path):
         penalties.check_stack(model, stack)
     with pytest.raises(ModelError, match="has 1 adapters merged"):
         penalties.check_stack(attached("llama", stack, 2), AdapterStack())
+    wrong = OLoraTrainer(
+        model, settings(tmp_path), collate, train_dataset=rows("llama", 1), stack=stack
+    )
+    with pytest.raises(ModelError, match="has 0 adapters merged into it"):
+        wrong.train()
     stack.adapters[0].config["rank_pattern"] = {"q_proj": 3}
     with pytest.raises(ModelError, match="has 4 past rows, the adapters' ranks add up to 3"):
         penalties.check_stack(attached("llama", stack, 2), stack)
@@ -482,6 +488,33 @@ def test_one_step_of_any_trainer_has_the_penalty_once(name, steps, tmp_path):
         (gradient,) = torch.autograd.grad(1e4 * overlap(a, stack.past_rows(n)), a)
         moved = a.detach() - layer.lora_A["default"].weight.detach()
         torch.testing.assert_close(moved, 1e-6 * gradient, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_the_trainers_in_the_docs_run(name, tmp_path, monkeypatch):
+    from datasets import Dataset
+    from trl import DPOConfig, SFTConfig
+
+    monkeypatch.chdir(tmp_path)
+    first_task("llama", tmp_path / "first", target_modules=["q_proj", "v_proj"])
+    before = AdapterStack.load(["first"]).file_hashes()
+    docs = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n([^`]*PenaltyMixin.*?)```", docs, re.DOTALL)
+    rows, config = [{"text": "some words"}] * 4, SFTConfig
+    if name == "dpo":
+        code = code.replace("trainer = OLoraSFTTrainer", "trainer = OLoraDPOTrainer")
+        rows = [{"prompt": "Say", "chosen": " yes", "rejected": " no"}] * 4
+        config = DPOConfig
+    args = config(
+        "work", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1,
+        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
+        activation_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    told = {"base": make("llama"), "tokenizer": byte_tokenizer(), "args": args}
+    exec(compile(code, "docs/training.md", "exec"), told | {"rows": Dataset.from_list(rows)})
+    stack = AdapterStack.load(["first", "second"])
+    assert stack.file_hashes()[:1] == before
+    assert stack.past_rank("model.layers.0.self_attn.q_proj") == 4 + 8
 
 
 # -- moments

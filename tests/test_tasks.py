@@ -7,7 +7,7 @@ import json
 import pytest
 
 from trueline.errors import ConfigError, DataError
-from trueline.train.streams.files import preset, read_stream, stream_from
+from trueline.train.streams.files import preset, read_stream, read_task, stream_from
 from trueline.train.streams.tasks import (
     INSTRUCTIONS,
     ORDERS,
@@ -210,7 +210,17 @@ def test_missing_tasks_of_a_preset_are_named_and_can_be_left_out(tmp_path):
         ({"order": ["news"], "tasks": {"nws": {}}}, 'Did you mean "news"'),
         ({}, "has no tasks"),
         ({"order": ["news"], "leave_out": ["news"]}, "has no tasks"),
-        ({"defaults": {"rank": 0}}, "`rank` must be"),
+        ({"defaults": {"rank": 0}}, r"\[defaults\] of the stream: `rank` must be"),
+        ({"tasks": {"x": {"train": 3}}}, r"`train` in \[tasks.x\].* must be a text, got 3"),
+        ({"tasks": {"x": {"instruction": ["a"]}}}, "`instruction` in .* must be a text"),
+        ({"tasks": {"x": {"category": 3}}}, "`category` in .* must be a text"),
+        ({"tasks": {"x": {"text": 3}}}, "`text` in .* a column or a list"),
+        ({"tasks": {"x": {"text": []}}}, "`text` in .* a column or a list"),
+        ({"tasks": {"x": {"dataset": "d", "splits": "train"}}}, "`splits` in .* must be a table"),
+        ({"tasks": {"x": {"dataset": "d", "splits": {"trian": "a"}}}}, 'Did you mean "train"'),
+        ({"tasks": {"x": {"dataset": "d", "test": "f"}}}, "has `dataset` and `test`"),
+        ({"tasks": {"x": {"test": "f"}}}, "has `test` without `train`"),
+        ({"tasks": {"x": {"train": "f", "config": "c"}}}, "has `config` without `dataset`"),
     ],
 )
 def test_wrong_streams_are_refused(content, message):
@@ -225,9 +235,17 @@ def test_broken_data_name_file_and_line(tmp_path):
     write_layout(tmp_path, extra=[{"text": "x", "label": "World"}])
     with pytest.raises(DataError, match=r'train.jsonl:7: missing field "sentence"'):
         preset(["news"], tmp_path)
+    write_layout(tmp_path, extra=[{"sentence": "x", "label": ["World"]}])
+    with pytest.raises(DataError, match=r'train.jsonl:7: field "label" must be a text'):
+        preset(["news"], tmp_path)
+    with pytest.raises(DataError, match=r'no data for newz in .* Did you mean "news"\? To do'):
+        preset(["newz"], tmp_path)
     write_layout(tmp_path, extra=[{"sentence": " ", "label": "World"}])
     with pytest.raises(DataError, match=r"train.jsonl:7: the sentence is empty"):
         preset(["news"], tmp_path)
+    write_layout(tmp_path)
+    with pytest.raises(ConfigError, match=r'`labels` of task "news" must be a list of texts'):
+        read_task("news", {"labels": []}, root=tmp_path)
     write_layout(tmp_path, category="TCC")
     with pytest.raises(ConfigError, match='category "TCC".*Did you mean "TC"'):
         preset(["news"], tmp_path)

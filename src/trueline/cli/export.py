@@ -6,9 +6,14 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trueline.cli.stack_cards import export_card
+from trueline.data import replace_file
 from trueline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trueline.train.adapters.stack import AdapterStack
 
 EXAMPLES = """examples:
   trueline export --adapters stacked --to one
@@ -17,7 +22,8 @@ EXAMPLES = """examples:
 
 --adapters takes folders of adapters in the order in which they were trained, or one folder that
 holds them in folders of its own, as `trueline train o-lora` leaves it. Both forms give what the
-stacked adapters give, and load in transformers, PEFT and vLLM with no Trueline.
+stacked adapters give, and load in transformers, PEFT and vLLM with no Trueline; the README.md that
+is written beside them says how.
 """
 
 
@@ -42,11 +48,11 @@ def run(args: argparse.Namespace) -> None:
 
     if args.form == "lora" and (args.model is not None or args.dtype != "auto"):
         raise ConfigError("`--model` and `--dtype` go with `--form merged`.")
-    folders = adapter_folders(args.adapters)
+    folders, streams = adapter_folders(args.adapters)
     need_packages(("peft",))
-    from trueline.train.runs.records import quiet
+    from trueline.train.runs.records import no_bars, quiet
 
-    with quiet():
+    with quiet(), no_bars():
         from trueline.train.adapters.export import export
         from trueline.train.adapters.stack import AdapterStack
 
@@ -54,10 +60,13 @@ def run(args: argparse.Namespace) -> None:
         if args.form == "lora":
             done = export(stack, args.to, "lora")
         else:
-            model, tokenizer = base(args, stack)
+            model, tokenizer = base(args, stack, streams)
             done = export(stack, args.to, "merged", model=model)
             if tokenizer is not None:
                 tokenizer.save_pretrained(args.to)
+        name = args.model or stack.adapters[-1].config.get("base_model_name_or_path")
+        card = export_card(args, done, stack, name, streams)
+        replace_file(done.folder / "README.md", card)
     if args.json:
         shown = {"folder": str(done.folder), "form": done.form, "tasks": done.tasks}
         ranks = {"rank": done.rank, "vllm_max_lora_rank": done.vllm_max_lora_rank}
@@ -66,9 +75,13 @@ def run(args: argparse.Namespace) -> None:
         print(done)
 
 
-def adapter_folders(given: list[str]) -> list[Path]:
-    """Return the folders of adapters; one that holds several stands for them, in their order."""
+def adapter_folders(given: list[str]) -> tuple[list[Path], list[dict[str, Any]]]:
+    """Return the folders of adapters, and what the streams among the given ones wrote of scores.
+
+    A folder that holds several adapters stands for them, in their order.
+    """
     found: list[Path] = []
+    streams: list[dict[str, Any]] = []
     for name in given:
         folder = Path(name).expanduser()
         if (folder / "adapter_config.json").is_file():
@@ -78,16 +91,25 @@ def adapter_folders(given: list[str]) -> list[Path]:
             from trueline.cli.stack import summary_of
 
             stream = summary_of(folder)
-            found += [folder / part for part in stream.get("adapters", [])]
-            if not stream.get("adapters") or not stream.get("finished"):
-                why = "is unfinished" if not stream.get("finished") else "left no adapters to stack"
-                raise ConfigError(f'The stream in "{name}" {why}.')
+            if not stream.get("finished"):
+                raise ConfigError(
+                    f'The stream in "{name}" is unfinished. Go on with it: trueline train o-lora '
+                    "--resume."
+                )
+            if not stream.get("adapters"):
+                raise ConfigError(
+                    f'The stream in "{name}" left no adapters to stack: the strategy '
+                    f'"{stream.get("strategy")}" has none, or one for each task that stands alone '
+                    f'("{name}/stages/*/adapter").'
+                )
+            found += [folder / part for part in stream["adapters"]]
+            streams.append(stream)
             continue
         inside = [path.parent for path in folder.glob("*/adapter_config.json")]
         if not inside:
             raise ConfigError(f'No adapter at "{name}": it has no adapter_config.json.')
         found += sorted(inside, key=_natural)
-    return found
+    return found, streams
 
 
 def _natural(path: Path) -> list[Any]:
@@ -95,13 +117,18 @@ def _natural(path: Path) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def base(args: argparse.Namespace, stack: Any) -> tuple[Any, Any]:
-    """Return the untouched base model in the dtype that was asked for, and its tokenizer."""
+def base(
+    args: argparse.Namespace, stack: AdapterStack, streams: list[dict[str, Any]]
+) -> tuple[Any, Any]:
+    """Return the untouched base model in the dtype that was asked for, and its tokenizer.
+
+    A classifier knows the labels of the stream by their names.
+    """
     from importlib import resources
 
     from trueline.errors import suggestion
     from trueline.modeling import BUNDLED, DTYPES
-    from trueline.train.adapters.export import load_base
+    from trueline.train.adapters.export import load_base, outputs_of
 
     if args.dtype not in ("auto", *DTYPES):
         raise ConfigError(f'Unknown dtype "{args.dtype}".{suggestion(args.dtype, DTYPES)}')
@@ -110,5 +137,10 @@ def base(args: argparse.Namespace, stack: Any) -> tuple[Any, Any]:
         raise ConfigError("The adapters do not name their base model. Give `--model`.")
     if source in BUNDLED:
         source = str(resources.files("trueline") / "assets" / source)
-    model, tokenizer = load_base(source)
+    model, tokenizer = load_base(source, outputs=outputs_of(stack))
+    last = streams[-1] if streams else {}
+    labels = last.get("labels", [])
+    if last.get("kind") == "classifier" and model.config.num_labels == len(labels):
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: k for k, label in enumerate(labels)}
     return (model if args.dtype == "auto" else model.to(DTYPES[args.dtype])), tokenizer

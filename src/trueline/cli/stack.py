@@ -5,16 +5,47 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trueline.cli.stack_cards import run_card
 from trueline.cli.train import add_setting, read_layers
 from trueline.data import replace_file
 from trueline.errors import ConfigError, suggestion
 
 if TYPE_CHECKING:
     from trueline.train.continual import StreamResult
+
+EXAMPLES = """examples:
+  trueline train o-lora --tasks stream.toml --output stacked
+  trueline train o-lora --tasks stream.toml --output stacked --resume
+  trueline train o-lora --tasks stream.toml --model DIR --output t5 --set scoring=generated
+  trueline train o-lora --tasks stream.toml --output compared --strategy replay --set buffer=64
+  trueline train o-lora --strategy drift --list-settings
+  trueline export --adapters stacked --to one
+
+stream.toml names the tasks; each can have a lambda_1, lambda_2, rank, learning_rate, epochs, limit,
+an instruction and labels of its own:
+
+  data = "cl_benchmark"                # a folder a task: train.jsonl, test.jsonl, labels.json
+  order = ["agnews", "moods", "mine"]  # or a preset, "order-1" to "order-6"
+  [tasks.agnews]
+  lambda_1 = 0.1
+  [tasks.moods]                        # a Hugging Face data set: a local folder or a hub name
+  dataset = "dair-ai/emotion"
+  text = "text"
+  [tasks.mine]                         # JSONL rows {"sentence": ..., "label": ...}
+  train = "train.jsonl"
+  test = "test.jsonl"
+  instruction = "Which colour?"
+
+After each task every task is measured. The folder of a run holds R.json, R.csv, R.png and time.png
+(the scores), log.jsonl, config.toml, which makes the same run again, README.md, a model card, and
+stages/ with the adapters. Every setting can stand in a TOML file (--config) or behind --set
+NAME=VALUE; the command line goes before the file. --resume goes on where a killed run stopped.
+"""
 
 
 @dataclass
@@ -92,17 +123,26 @@ def run(args: argparse.Namespace) -> None:
     set_threads(job)
     folder = Path(args.output)
     whole = write_toml(resolved(values, classes))
-    result = run_stream(
-        stream.tasks,
-        job.model,
-        strategy,
-        output=folder,
-        config=config,
-        prompt=stream.prompt,
-        overwrite=args.overwrite,
-        progress=True,
-        on_stage=lambda _: replace_file(folder / "config.toml", whole),
-    )
+    before = {} if args.overwrite else summary_of(folder)
+    try:
+        result = run_stream(
+            stream.tasks,
+            job.model,
+            strategy,
+            output=folder,
+            config=config,
+            prompt=stream.prompt,
+            overwrite=args.overwrite,
+            progress=True,
+            on_stage=lambda _: replace_file(folder / "config.toml", whole),
+        )
+    except KeyboardInterrupt:
+        if (folder / "stream.json").exists():
+            print(f"--resume goes on where {folder} stopped", file=sys.stderr)
+        raise
+    # What a finished run says of itself stays as it was.
+    if not before.get("finished") or not (folder / "README.md").exists():
+        replace_file(folder / "README.md", run_card(args, stream, job.model, whole, result))
     show_stream(args, result)
 
 

@@ -43,14 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the trainers with their options; an option's `dest` is the setting that it gives."""
     parts = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, summary in PARTS.items():
-        part = parts.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES
-        )
-        part.set_defaults(parser=part)
         if name == "inverse-q":
             from trueline.cli.distil import add_options
+
+            examples = EXAMPLES
         else:
+            from trueline.cli.stack import EXAMPLES as examples
             from trueline.cli.stack import add_options
+        part = parts.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=examples
+        )
+        part.set_defaults(parser=part)
         add_options(part)
         _add_run_options(part)
 
@@ -132,7 +135,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="DIR", help="folder of the run; required")
     add("--config", metavar="FILE", help="TOML file of settings, e.g. the config.toml of a run")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-        help="any other setting, e.g. learning_rate=1e-4 lora.dropout=0.1")  # fmt: skip
+        help="any other setting that --list-settings shows, e.g. learning_rate=1e-4")  # fmt: skip
     add("--list-settings", action="store_true", help="print every setting with its default")
     add("--resume", action="store_true", help="go on where a killed run of this folder stopped")
     add("--overwrite", action="store_true", help="start again though the folder holds a run")

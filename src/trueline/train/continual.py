@@ -21,27 +21,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import set_seed
 
 from trueline.errors import ConfigError, DataError
 from trueline.evals.continual import summary, trained
 from trueline.evals.runs import plain
-from trueline.train.o_lora import OLoraConfig, OLoraTrainer
 from trueline.train.runs.folders import last_checkpoint
-from trueline.train.runs.records import quiet
+from trueline.train.runs.records import no_bars, quiet
 from trueline.train.streams.config import StreamConfig
 from trueline.train.streams.folder import (
     Log,
@@ -51,9 +47,11 @@ from trueline.train.streams.folder import (
     write_json,
     write_result,
 )
-from trueline.train.streams.kinds import Factory, Kind, Row, accuracy_of, kind_of, text_loss
-from trueline.train.streams.stage_weights import Fresh, StageWeights, model_factory
-from trueline.train.streams.strategies import Stage, Strategy, make_strategy
+from trueline.train.streams.kinds import Row, kind_of
+from trueline.train.streams.scores import Scorer, matrices
+from trueline.train.streams.stage_weights import Factory, Fresh, StageWeights, model_factory
+from trueline.train.streams.stages import Stage, Strategy
+from trueline.train.streams.strategies import make_strategy
 from trueline.train.streams.tasks import (
     Example,
     PromptForm,
@@ -61,6 +59,11 @@ from trueline.train.streams.tasks import (
     TaskSettings,
     draw,
     union_of_labels,
+)
+from trueline.train.streams.trainers import (
+    fast_collection,
+    make_trainer,
+    training_arguments,
 )
 
 __all__ = ["StreamConfig", "StreamResult", "model_factory", "run_stream"]
@@ -107,38 +110,13 @@ def run_stream(
         strategy = make_strategy(strategy)
     if isinstance(model, str):
         model = model_factory(model, tasks)
-    with quiet(), _no_bars(), _fast_collection():
+    with quiet(), no_bars(), fast_collection():
         runner = _Runner(
             tuple(tasks), model, strategy, Path(output), config or StreamConfig(),
             prompt or PromptForm(), tuple(texts), figures, progress, on_stage,
         )  # fmt: skip
         with hold_folder(runner.folder, runner.settings, overwrite):
             return runner.run()
-
-
-class _TaskTrainer(Trainer):
-    """The Trainer with the kind's own loss where it has one."""
-
-    kind: Kind
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Return the kind's loss over a micro-batch, or the model's."""
-        if "offered" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        fed = {k: v for k, v in inputs.items() if k not in ("offered", "labels")}
-        outputs = model(**fed)
-        loss = self.kind.loss(outputs.logits, inputs)
-        return (loss, outputs) if return_outputs else loss
-
-
-class _AdapterTrainer(OLoraTrainer, _TaskTrainer):
-    """The same for one adapter, with the strategy's terms."""
 
 
 class _Runner:
@@ -159,7 +137,7 @@ class _Runner:
     ) -> None:
         _check_tasks(tasks, config)
         self.tasks, self.strategy, self.config = tasks, strategy, config
-        self.folder, self.texts, self.figures = folder, texts, figures
+        self.folder, self.figures = folder, figures
         self.progress, self.on_stage = progress, on_stage
         if figures:
             from trueline.plots import need_matplotlib
@@ -174,7 +152,7 @@ class _Runner:
             prompt=prompt,
             max_length=config.max_length,
             train_labels=config.train_labels,
-            chat=self._chat(tokenizer),
+            chat=config.chat,
         )
         if texts and self.kind.name != "causal":
             raise ConfigError("`texts` need a causal language model.")
@@ -182,7 +160,7 @@ class _Runner:
             raise ConfigError('A classifier writes nothing: `scoring` is "offered" or "union".')
         n = range(len(tasks))
         self.stages = [list(n)] if strategy.joint else [[j] for j in n]
-        self.settings = self._settings(prompt)
+        self.settings = self._settings(prompt, texts)
         count = range(len(self.stages))
         name = "weights.pt" if strategy.weights == "all" else "adapter"
         ranks = [
@@ -194,17 +172,9 @@ class _Runner:
             [self._seed(i) for i in count],
         )  # fmt: skip
         self._train: dict[int, list[Row]] = {}
-        self._test: dict[int, tuple[list[Row], list[Example]]] = {}
+        self.scorer = Scorer(self.kind, tasks, config, tokenizer, texts)
 
-    def _chat(self, tokenizer: Any) -> bool:
-        if self.config.chat is not None:
-            return self.config.chat
-        model = self.fresh.first
-        writes = not model.config.is_encoder_decoder and not hasattr(model, "num_labels")
-        causal = writes or type(model).__name__.endswith("ForCausalLM")
-        return causal and bool(getattr(tokenizer, "chat_template", None))
-
-    def _settings(self, prompt: PromptForm) -> dict[str, Any]:
+    def _settings(self, prompt: PromptForm, texts: tuple[str, ...]) -> dict[str, Any]:
         """Return all that decides the result, as JSON."""
         found = {
             "strategy": {"name": self.strategy.name, **asdict(self.strategy)},
@@ -216,14 +186,14 @@ class _Runner:
             ],
             "model": self.fresh.hash,
             "kind": self.kind.name,
-            "texts": hashlib.sha256("\0".join(self.texts).encode()).hexdigest()[:16],
+            "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
         }
         return json.loads(json.dumps(plain(found)))
 
     def run(self) -> StreamResult:
         """Do what is not done yet."""
         with self._bar() as bar:
-            scores = [self._untouched()]
+            scores = [self._untouched(bar)]
             for index in range(len(self.stages)):
                 path = self._stage_folder(index)
                 if (path / "done.json").exists():
@@ -254,6 +224,7 @@ class _Runner:
         model.eval()
         self.strategy.after(model, stage, self.weights.saved[index])
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
+        bar.set_description(f"{self._name(index)}: measuring")
         done = self._measure(model, index, scores)
         done["seconds"] = {
             "training": round(trained_s, 3),
@@ -271,54 +242,14 @@ class _Runner:
         checkpoint = last_checkpoint(work, remove=True) if work.exists() else None
         self.strategy.before(model, stage)
         rows = self.strategy.training_rows(stage)
-        arguments = self._arguments(index, work)
-        common: dict[str, Any] = {"train_dataset": rows, "data_collator": self.kind.collate}
-        if self.strategy.weights == "all":
-            trainer: Any = _TaskTrainer(model, TrainingArguments(**arguments), **common)
-        else:
-            trainer = _AdapterTrainer(
-                model,
-                OLoraConfig(**arguments),
-                stack=stack,
-                regularisers=self.strategy.regularisers(stage),
-                **common,
-            )
-        trainer.kind = self.kind
-        if self.kind.name != "causal":
-            trainer.model_accepts_loss_kwargs = False
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        names = "+".join(self.tasks[j].name for j in self.stages[index])
-        trainer.add_callback(Log(self.folder / "log.jsonl", index, names, bar, checkpoint))
+        steps, on_cpu = self._steps(index), self.fresh.device.type == "cpu"
+        arguments = training_arguments(self.config, stage, steps, work, on_cpu=on_cpu)
+        trainer = make_trainer(model, stack, self.strategy, stage, rows, arguments)
+        log = Log(self.folder / "log.jsonl", index, self._name(index), bar, checkpoint)
+        trainer.add_callback(log)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.weights.save(model, index)
         return model
-
-    def _arguments(self, index: int, work: Path) -> dict[str, Any]:
-        config, own = self.config, self._task_settings(index)
-        return {
-            "output_dir": str(work),
-            "max_steps": self._steps(index),
-            "per_device_train_batch_size": config.batch_size,
-            "gradient_accumulation_steps": config.gradient_accumulation,
-            "learning_rate": own.learning_rate or config.learning_rate,
-            "lr_scheduler_type": config.scheduler,
-            "warmup_steps": config.warmup_steps,
-            "weight_decay": config.weight_decay,
-            "max_grad_norm": config.max_grad_norm,
-            "bf16": config.bf16,
-            "use_cpu": self.fresh.device.type == "cpu",
-            "dataloader_pin_memory": self.fresh.device.type != "cpu",
-            "seed": self._seed(index),
-            "save_strategy": "steps",
-            # A logged mean goes over the steps since the last row: none is cut by a checkpoint.
-            "save_steps": -(-config.save_steps // config.logging_steps) * config.logging_steps,
-            "save_total_limit": 1,
-            "logging_steps": config.logging_steps,
-            "remove_unused_columns": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
 
     # -- rows
 
@@ -343,14 +274,6 @@ class _Runner:
         limit = task.settings.limit or self.config.limit
         return draw(task.train, limit, self.config.seed, f"train {task.name}")
 
-    def _test_rows(self, j: int) -> tuple[list[Row], list[Example]]:
-        if j not in self._test:
-            task, config = self.tasks[j], self.config
-            rows = getattr(task, config.evaluate_on)
-            examples = draw(rows, config.evaluate_limit, 0, f"{config.evaluate_on} {task.name}")
-            self._test[j] = self.kind.encode(task, examples), examples
-        return self._test[j]
-
     def _task_settings(self, index: int) -> TaskSettings:
         """Return the settings of a stage's task; joint training has none of its own."""
         places = self.stages[index]
@@ -366,6 +289,9 @@ class _Runner:
             steps += max(1, round(epochs * -(-min(rows, len(self.tasks[j].train)) // size)))
         return steps
 
+    def _name(self, index: int) -> str:
+        return "+".join(self.tasks[j].name for j in self.stages[index])
+
     def _seed(self, index: int) -> int:
         return 1000 * self.config.seed + index + 1
 
@@ -377,12 +303,11 @@ class _Runner:
 
     # -- scores
 
-    def _untouched(self) -> dict[str, Any]:
+    def _untouched(self, bar: Any) -> dict[str, Any]:
         path = self.folder / "stages" / "untouched.json"
         if not path.exists():
-            model = self.fresh().eval()
-            scores = {j: self._score(model, j) for j in range(len(self.tasks))}
-            write_json(path, {"scores": self._table(scores), **self._text(model)})
+            bar.set_description("measuring")
+            write_json(path, self.scorer.measure(self.fresh().eval(), range(len(self.tasks))))
         return read_json(path)
 
     def _measure(self, model: Any, index: int, scores: list[Any]) -> dict[str, Any]:
@@ -391,46 +316,17 @@ class _Runner:
         last = max(self.stages[index])
         if self.strategy.weights != "apart":
             places = range(n if self.config.evaluate == "all" else last + 1)
-            table = self._table({j: self._score(model, j) for j in places})
-        else:
-            # Each task has a model of its own: the others' scores are known.
-            table = copy.deepcopy(scores[-1]["scores"])
-            for view, value in self._score(model, index).items():
-                table[view][index] = value
-        return {"scores": table, **self._text(model)}
-
-    def _score(self, model: Any, j: int) -> dict[str, float]:
-        rows, examples = self._test_rows(j)
-        with self._autocast(model):
-            answers = self.kind.predict(
-                model, self.tasks[j], rows, self.config.scoring, self.config.evaluate_batch_size
-            )
-        return {view: accuracy_of(found, examples) for view, found in answers.items()}
-
-    def _table(self, scores: dict[int, dict[str, float]]) -> dict[str, list[float | None]]:
-        views = next(iter(scores.values()))
-        n = range(len(self.tasks))
-        return {view: [scores[j][view] if j in scores else None for j in n] for view in views}
-
-    def _text(self, model: Any) -> dict[str, float]:
-        if not self.texts:
-            return {}
-        with self._autocast(model):
-            length = self.config.max_length
-            return {"text_loss": text_loss(model, self.fresh.tokenizer, self.texts, length)}
-
-    def _autocast(self, model: Any) -> Any:
-        return torch.autocast(model.device.type, torch.bfloat16, enabled=self.config.bf16)
+            return self.scorer.measure(model, places)
+        # Each task has a model of its own: the others' scores are known.
+        table = copy.deepcopy(scores[-1]["scores"])
+        for view, value in self.scorer.accuracy(model, index).items():
+            table[view][index] = value
+        return {"scores": table, **self.scorer.text(model)}
 
     # -- what is written
 
     def _result(self, scores: list[Any]) -> StreamResult:
-        views = {}
-        for view in scores[0]["scores"]:
-            rows = [[np.nan if v is None else v for v in s["scores"][view]] for s in scores]
-            missing = len(self.stages) + 1 - len(rows)
-            rows += [[np.nan] * len(self.tasks)] * missing
-            views[view] = {"untouched": np.array(rows[0]), "R": np.array(rows[1:])}
+        views = matrices(scores, len(self.stages))
         main = views[self.config.scoring]
         done = len(scores) - 1
         part, before = main["R"], main["untouched"]
@@ -451,8 +347,9 @@ class _Runner:
         )
 
     def _write(self, result: StreamResult, *, final: bool) -> None:
-        config = self.config
-        about = {"seed": config.seed, "scoring": config.scoring, "evaluate_on": config.evaluate_on}
+        config, kind = self.config, self.kind
+        about = {"kind": kind.name, "chat": kind.chat, "labels": list(kind.union)}
+        about |= {name: getattr(config, name) for name in ("seed", "scoring", "evaluate_on")}
         write_result(result, about, final=final, figures=self.figures)
 
     @contextlib.contextmanager
@@ -460,33 +357,11 @@ class _Runner:
         from tqdm import tqdm
 
         total = sum(self._steps(i) for i in range(len(self.stages)))
-        with tqdm(total=total, unit="step", disable=not self.progress) as bar:
+        # A log file gets a line now and then, a terminal a bar that moves.
+        every = 0.2 if sys.stderr.isatty() else 30.0
+        with tqdm(total=total, unit="step", disable=not self.progress, mininterval=every,
+                  file=sys.stderr, dynamic_ncols=True) as bar:  # fmt: skip
             yield bar
-
-
-@contextlib.contextmanager
-def _fast_collection() -> Iterator[None]:
-    """Keep what is there out of the garbage collection that each trainer ends with."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Hold back transformers' own bars over the files that it writes."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _check_tasks(tasks: Sequence[Task], config: StreamConfig) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback
 
 from trueline.decoding import generate
 from trueline.evals.items import Item
@@ -12,6 +18,7 @@ from trueline.types import Message, Request, SamplingParams
 
 if TYPE_CHECKING:
     from trueline.modeling import LanguageModel
+    from trueline.train.inverse_q import InverseQTrainer
     from trueline.train.teachers import Teacher
 
 
@@ -51,3 +58,64 @@ class HeldOut:
             return item.prompt
         principle = item.principle if self.teacher.takes_principle else None
         return self.teacher.student_messages({"prompt": item.prompt, "principle": principle})
+
+
+class Evaluation(TrainerCallback):
+    """Runs a judge before training, every `eval_steps` steps and at the end."""
+
+    def __init__(
+        self,
+        trainer: InverseQTrainer,
+        evaluate: Callable[[LanguageModel], Mapping[str, float]],
+    ) -> None:
+        self.trainer, self.evaluate = trainer, evaluate
+        self.last = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure the start, but not that of a resumed run."""
+        self.last = state.global_step if state.global_step else -1
+        self._run(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure where a step is due."""
+        if args.eval_steps and state.global_step % int(args.eval_steps) == 0:
+            self._run(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure the end."""
+        self._run(state)
+
+    def _run(self, state: Any) -> None:
+        if state.global_step == self.last:
+            return
+        self.last = state.global_step
+        trainer = self.trainer
+        if trainer.accelerator.is_main_process:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            training = model.training
+            model.eval()
+            trainer.student.model = model
+            try:
+                with _same_random_numbers(), trainer._fast(model):
+                    found = self.evaluate(trainer.student)
+            finally:
+                model.train(training)
+            logs = {k if k.startswith("eval_") else f"eval_{k}": float(v) for k, v in found.items()}
+            # Past TRL's `log`, which would empty the means of the steps under way, and without
+            # the step's own log, if one is due, being taken for done.
+            due = trainer.control.should_log
+            Trainer.log(trainer, logs)
+            trainer.control.should_log = due
+        trainer.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Give back the global random states as they were."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)

@@ -29,18 +29,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -55,10 +52,12 @@ from trueline.methods.inverse_q import (
 )
 from trueline.modeling import BUNDLED, LanguageModel
 from trueline.scoring import forced_logits
+from trueline.train.guided import GuidedAnswers
+from trueline.train.held_out import Evaluation
 from trueline.train.inverse_q_config import LOSSES, InverseQConfig
+from trueline.train.rows import EpochSampler, dataset_of
 from trueline.train.teachers import (
     Lesson,
-    guided_answers,
     make_teacher,
     policies,
     teacher_effect,
@@ -127,7 +126,7 @@ class InverseQTrainer(DistillationTrainer):
         evaluate: Callable[[LanguageModel], Mapping[str, float]] | None = None,
     ) -> None:
         args = args or InverseQConfig()
-        train_dataset = _dataset(train_dataset, "train_dataset")
+        train_dataset = dataset_of(train_dataset, "train_dataset")
         if train_dataset is None:
             raise ConfigError("`train_dataset` is missing. Give rows with a `prompt`.")
         if args.reuse > 1 and isinstance(train_dataset, IterableDataset):
@@ -145,7 +144,7 @@ class InverseQTrainer(DistillationTrainer):
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=_dataset(eval_dataset, "eval_dataset"),
+            eval_dataset=dataset_of(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -164,12 +163,12 @@ class InverseQTrainer(DistillationTrainer):
         self.over_budget: float | None = None
         """The KL to the reference at which `kl_budget` stopped the training."""
         self._taught: list[int] = []
-        self._pool: tuple[int, list[tuple[Lesson, list[int]]]] = (-1, [])
+        self._guided = GuidedAnswers(self)
         self._drawn: list[list[int]] = []
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None, "step": None}
         self._check_rows(train_dataset)
         if evaluate is not None:
-            self.add_callback(_Evaluation(self, evaluate))
+            self.add_callback(Evaluation(self, evaluate))
 
     # What is sampled, and from which prompt.
 
@@ -196,49 +195,6 @@ class InverseQTrainer(DistillationTrainer):
         with self._fast(self.accelerator.unwrap_model(self.model)):
             return self._drawn + list(super()._generate_single_turn(own, *args, **options))
 
-    def _guided(self, rows: list[dict[str, Any]]) -> list[tuple[Lesson, list[int]]]:
-        """Return lessons with answers that the teacher drew, to stand for this batch's first rows.
-
-        The teacher is frozen, so the answers of some batches to come are drawn as one: a pool of
-        as many rows as a batch has, from rows chosen by the seed. A stream has only its batch.
-        """
-        share = self.args.guided_share * len(rows) if self.model.training else 0.0
-        if share == 0:
-            return []
-        stream = isinstance(self.train_dataset, IterableDataset)
-        batch = self.state.global_step // self.args.reuse
-        every = 1 if stream else max(1, int(1 / self.args.guided_share))
-        first = batch - batch % every
-        # How many before a batch; a share of less than one row is made up over several.
-        before, start, stop, after = (
-            math.floor(share * b) for b in (first, batch, batch + 1, first + every)
-        )
-        if self._pool[0] != first:
-            taught = [row for row in rows if self.teacher.row_method(row) is not None]
-            source = taught if stream else self._taught
-            seed = (self.args.seed * 1_000_003 + first) * self.accelerator.num_processes
-            seed = (seed + self.accelerator.process_index) * 100_003
-            picks = torch.randint(
-                len(source) or 1,
-                (after - before if source else 0,),
-                generator=torch.Generator().manual_seed(seed),
-            ).tolist()
-            chosen = [source[i] if stream else self.train_dataset[source[i]] for i in picks]
-            lessons = [self.teacher.lesson(self.student, row) for row in chosen]
-            answers: list[list[int]] = []
-            if lessons:
-                with self._start(self.accelerator.unwrap_model(self.model)) as reference:
-                    answers = guided_answers(
-                        self.teacher,
-                        reference,
-                        lessons,
-                        max_new_tokens=self.max_completion_length,
-                        temperature=self.temperature,
-                        seed=seed,
-                    )
-            self._pool = first, list(zip(lessons, answers, strict=True))
-        return self._pool[1][start - before : stop - before]
-
     def _fast(self, student: Any) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the student samples fastest."""
         mixed = self.args.bf16 or self.args.fp16
@@ -263,7 +219,7 @@ class InverseQTrainer(DistillationTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
         accumulation = self.args.gradient_accumulation_steps
         per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        return _EpochSampler(
+        return EpochSampler(
             self,
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=1,
@@ -397,7 +353,7 @@ class InverseQTrainer(DistillationTrainer):
     ) -> Any:
         """Train, after making sure that the teacher has something to teach; see transformers."""
         self._step, self._buffered_inputs, self.over_budget = 0, None, None
-        self._pool = -1, []
+        self._guided = GuidedAnswers(self)
         if not resume_from_checkpoint and self.args.min_effect > 0:
             self.check_effect()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -500,106 +456,3 @@ def _divergences(policy: Tensor, teacher: Tensor, reference: Tensor) -> Tensor:
         for z in (teacher, reference)
     ]
     return torch.stack([*kls, -minus_entropy])
-
-
-class _EpochSampler(RepeatSampler):
-    """TRL's sampler, its order a function of seed and epoch so that a resumed run goes on in it."""
-
-    def __init__(self, trainer: InverseQTrainer, **options: Any) -> None:
-        super().__init__(**options)
-        self.trainer = trainer
-
-    def __iter__(self) -> Iterator[int]:
-        accumulation = self.trainer.args.gradient_accumulation_steps
-        steps = max(len(self) // (self.batch_size * accumulation), 1)
-        if self.shuffle:
-            epoch = self.trainer.state.global_step // steps
-            self.generator.manual_seed((self.seed or 0) + epoch)
-        return super().__iter__()
-
-
-class _Evaluation(TrainerCallback):
-    """Runs a judge before training, every `eval_steps` steps and at the end."""
-
-    def __init__(
-        self,
-        trainer: InverseQTrainer,
-        evaluate: Callable[[LanguageModel], Mapping[str, float]],
-    ) -> None:
-        self.trainer, self.evaluate = trainer, evaluate
-        self.last = -1
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure the start, but not that of a resumed run."""
-        self.last = state.global_step if state.global_step else -1
-        self._run(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure where a step is due."""
-        if args.eval_steps and state.global_step % int(args.eval_steps) == 0:
-            self._run(state)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure the end."""
-        self._run(state)
-
-    def _run(self, state: Any) -> None:
-        if state.global_step == self.last:
-            return
-        self.last = state.global_step
-        trainer = self.trainer
-        if trainer.accelerator.is_main_process:
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            training = model.training
-            model.eval()
-            trainer.student.model = model
-            try:
-                with _same_random_numbers(), trainer._fast(model):
-                    found = self.evaluate(trainer.student)
-            finally:
-                model.train(training)
-            logs = {k if k.startswith("eval_") else f"eval_{k}": float(v) for k, v in found.items()}
-            # Past TRL's `log`, which would empty the means of the steps under way, and without
-            # the step's own log, if one is due, being taken for done.
-            due = trainer.control.should_log
-            Trainer.log(trainer, logs)
-            trainer.control.should_log = due
-        trainer.accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Give back the global random states as they were."""
-    python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numbers)
-
-
-def _messages(prompt: Any) -> Any:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _dataset(rows: Any, name: str) -> Any:
-    """Return rows as a data set of the ecosystem, with a `prompt` in each."""
-    if isinstance(rows, Sequence) and not isinstance(rows, str):
-        for i, row in enumerate(rows):
-            if not isinstance(row, Mapping) or "prompt" not in row:
-                raise DataError(f'{name}[{i}]: no "prompt" in {row!r:.80}.')
-            if not isinstance(row["prompt"], (str, list)):
-                raise DataError(f"{name}[{i}]: `prompt` must be text or messages.")
-            if not isinstance(row.get("principle"), (str, type(None))):
-                raise DataError(f"{name}[{i}]: `principle` must be text, got {row['principle']!r}.")
-        # One type a column, and the columns of all rows: `from_list` reads the first row's only.
-        chats = any(not isinstance(row["prompt"], str) for row in rows)
-        if chats:
-            rows = [{**row, "prompt": _messages(row["prompt"])} for row in rows]
-        names = dict.fromkeys(name for row in rows for name in row)
-        rows = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    columns = getattr(rows, "column_names", None)
-    if isinstance(columns, list) and "prompt" not in columns:
-        raise DataError(f'`{name}` has no column "prompt"; it has {", ".join(columns) or "none"}.')
-    return rows

@@ -24,6 +24,8 @@ from trueline.train.adapters.stack import CONFIG, PREFIX, WEIGHTS, AdapterStack,
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
+HEADS = ("classifier", "score", "classification_head")
+"""Names of the head of a sequence classifier."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,13 @@ def _export_lora(stack: AdapterStack, to: Path) -> Exported:
         "inference_mode": True,
         "modules_to_save": _saved_modules(stack),
     }
+    # PEFT's classes for one task load the adapter by this word. That for classifiers would save
+    # the head whole, which the stack decides itself.
+    owner = (last.get("auto_mapping") or {}).get("base_model_class") or ""
+    for end, task in (("ForCausalLM", "CAUSAL_LM"), ("LMHeadModel", "CAUSAL_LM"),
+                      ("ForConditionalGeneration", "SEQ_2_SEQ_LM")):  # fmt: skip
+        if owner.endswith(end) and not config.get("task_type"):
+            config["task_type"] = task
     to.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in state.items()}, to / WEIGHTS, {"format": "pt"})
     (to / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -141,7 +150,7 @@ def _export_merged(stack: AdapterStack, to: Path, model: Any) -> Exported:
         source = model or stack.adapters[-1].config.get("base_model_name_or_path")
         if not source:
             raise ConfigError("The adapters do not name their base model. Give `model`.")
-        model, tokenizer = load_base(source)
+        model, tokenizer = load_base(source, outputs=outputs_of(stack))
     else:
         model = copy.deepcopy(model)
     stack.merge(model)
@@ -151,14 +160,27 @@ def _export_merged(stack: AdapterStack, to: Path, model: Any) -> Exported:
     return Exported(to, "merged", len(stack))
 
 
-def load_base(folder: str | Path) -> tuple[Any, Any]:
-    """Return the model in a folder as the class it was saved from, and its tokenizer or None."""
+def outputs_of(stack: AdapterStack) -> int | None:
+    """Return the outputs of the classifier's head that the adapters saved; None without one."""
+    for end in (".out_proj.weight", ".weight"):
+        for name, tensor in stack.saved.items():
+            if name.split(".")[0] in HEADS and name.endswith(end):
+                return len(tensor)
+    return None
+
+
+def load_base(folder: str | Path, *, outputs: int | None = None) -> tuple[Any, Any]:
+    """Return the model in a folder as the class it was saved from, and its tokenizer or None.
+
+    `outputs` makes room for a classifier's head of another size than the folder's.
+    """
     import transformers
 
+    own = {} if outputs is None else {"num_labels": outputs, "ignore_mismatched_sizes": True}
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         name = (config.architectures or ["none"])[0]
-        model = getattr(transformers, name).from_pretrained(folder, dtype="auto")
+        model = getattr(transformers, name).from_pretrained(folder, dtype="auto", **own)
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f'Cannot load the base model "{folder}": {reason}') from error

@@ -88,6 +88,10 @@ class Adapter:
         pattern = self.config.get("rank_pattern") or {}
         return int(pattern.get(get_pattern_key(list(pattern), module), self.config["r"]))
 
+    def weights_hash(self) -> str:
+        """Return the hash of the weights' file."""
+        return self.file_hashes()[WEIGHTS]
+
     def file_hashes(self) -> dict[str, str]:
         """Return a hash of each file that decides what the adapter does."""
         return {name: file_hash(self.folder / name) for name in (CONFIG, WEIGHTS)}
@@ -305,10 +309,11 @@ def adapter_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> Path:
-    """Write the trained adapter in PEFT's own format and return its folder."""
+    """Write the trained adapter in PEFT's own format, with no card, and return its folder."""
     folder = Path(folder)
     # Embeddings are never trained here; "auto" would ask the hub whether they were.
     model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing
     return folder
 
 

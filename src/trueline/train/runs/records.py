@@ -105,6 +105,20 @@ def quiet() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Hold back transformers' own bars over the files that it writes."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
 def rank_note(rank: int) -> str:
     """Return what vLLM has to be told to serve a LoRA of this rank."""
     from trueline.train.adapters.export import VLLM_RANKS
@@ -177,6 +191,7 @@ def model_card(
     results: Mapping[str, Any],
     command: str,
     notes: Sequence[str] = (),
+    tables: str = "",
     curves: bool = True,
 ) -> str:
     """Return the README.md of trained weights.
@@ -187,10 +202,11 @@ def model_card(
         front: Metadata of the hub: base_model, library_name, tags ...
         use: Python that loads it with no Trueline.
         recipe: What it was made from and how: base and its hash, data, versions, seed.
-        config: The settings as TOML.
+        config: The settings as TOML; empty where the command says all.
         results: Numbers at the end.
         command: What was typed.
         notes: Sentences on use and limits.
+        tables: Markdown that follows the results.
         curves: Whether curves.png is there.
     """
     from jinja2 import Environment, PackageLoader
@@ -204,7 +220,7 @@ def model_card(
     environment.filters["cell"] = _cell
     return environment.get_template("card.md.jinja").render(
         title=title, summary=summary, use=use, recipe=recipe, config=config, results=results,
-        command=command, notes=notes, curves=curves,
+        command=command, notes=notes, tables=tables, curves=curves,
         front=[f"{name}: {json.dumps(value)}" for name, value in front.items() if value],
     )  # fmt: skip
 

@@ -43,17 +43,22 @@ TOML file. An unknown key is an error.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from trueline.data import read_jsonl
 from trueline.errors import ConfigError, DataError, suggestion
 from trueline.train.runs.settings import read_toml
+from trueline.train.streams.sources import (
+    SPLITS,
+    examples,
+    from_datasets,
+    from_file,
+    from_layout,
+)
 from trueline.train.streams.tasks import (
     INSTRUCTIONS,
-    Example,
     PromptForm,
     Task,
     TaskSettings,
@@ -61,11 +66,13 @@ from trueline.train.streams.tasks import (
     order_names,
 )
 
-SPLITS = ("train", "validation", "test")
 SETTINGS = [f.name for f in fields(TaskSettings)]
 TOP = ("title", "data", "order", "leave_out", "prompt", "defaults", "tasks")
-COLUMNS = ("text", "label", "labels", "instruction", "category")
-TASK = (*SPLITS, "dataset", "config", "splits", *COLUMNS, *SETTINGS)
+TEXTS = (*SPLITS, "dataset", "config", "label", "instruction", "category")
+"""Keys of a task whose value is a text."""
+TASK = (*TEXTS, "splits", "text", "labels", *SETTINGS)
+NEEDS = {"dataset": ("config", "splits"), "train": ("validation", "test")}
+"""Keys that say something only beside another."""
 MOST_LABELS = 100
 """More different labels than this in the training rows are taken for a mistake in the column."""
 
@@ -110,12 +117,12 @@ def stream_from(
     }
     _known(tables["prompt"], [f.name for f in fields(PromptForm)], f"[prompt] of {source}")
     _known(tables["defaults"], SETTINGS, f"[defaults] of {source}")
-    defaults = TaskSettings(**tables["defaults"])
+    defaults = _settings(tables["defaults"], f"[defaults] of {source}")
     own: dict[str, Mapping[str, Any]] = {}
     for name, table in tables["tasks"].items():
         if not isinstance(table, dict):
             raise ConfigError(f"{source}: `tasks.{name}` must be a table, got {table!r}.")
-        _known(table, TASK, f"[tasks.{name}] of {source}")
+        _check_task(table, f"[tasks.{name}] of {source}")
         own[name] = table
     if data is None and (text := _typed(content, "data", str, "a folder", source)) is not None:
         data = folder / Path(text).expanduser()
@@ -124,8 +131,11 @@ def stream_from(
     missing = [n for n in names if not _has_source(own.get(n, {})) and not _is_task(root, n)]
     if missing:
         where = f'in "{root}"' if root is not None else "(no `data` folder is given)"
+        there = [] if root is None else [p.parent.name for p in root.glob("*/train.jsonl")]
+        hint = suggestion(missing[0], there)
         raise DataError(
-            f"{source}: no data for {', '.join(missing)} {where}. To do without, write "
+            f"{source}: no data for {', '.join(missing)} {where}."
+            f"{hint if 'Did you mean' in hint else ''} To do without, write "
             f"leave_out = {json.dumps(missing)}."
         )
     tasks = [read_task(n, own.get(n, {}), folder=folder, root=root, defaults=defaults)
@@ -163,18 +173,19 @@ def read_task(
 ) -> Task:
     """Return one task: `table` as under `[tasks.NAME]`, or empty for one in the data folder."""
     table = table or {}
-    settings = TaskSettings(**{k: v for k, v in table.items() if k in SETTINGS})
+    _check_task(table, f"[tasks.{name}]")
+    settings = _settings({k: v for k, v in table.items() if k in SETTINGS}, f"[tasks.{name}]")
     category, labels = table.get("category", ""), table.get("labels")
     if "dataset" in table:
-        found, known = _from_datasets(name, table, folder)
+        found, known = from_datasets(name, table, folder)
         labels = labels or known
     elif "train" in table:
-        paths = {s: folder / Path(str(table[s])).expanduser() for s in SPLITS if s in table}
-        found = {split: list(_from_file(path, table)) for split, path in paths.items()}
+        paths = {s: folder / Path(table[s]).expanduser() for s in SPLITS if s in table}
+        found = {split: list(from_file(path, table)) for split, path in paths.items()}
     else:
         if root is None:
             raise DataError(f'Task "{name}" has no `train`, no `dataset`, and no `data` folder.')
-        found, labels, kept = _from_layout(root / name, table)
+        found, labels, kept = from_layout(root / name, table)
         category = category or kept
     if labels is None:
         labels = sorted({str(label) for _, _, label in found["train"]})
@@ -183,7 +194,7 @@ def read_task(
                 f'Task "{name}" has {len(labels)} different labels in its training rows. Name the '
                 "right column by `label`, or give `labels`."
             )
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+    if not _is_texts(labels):
         raise ConfigError(f'`labels` of task "{name}" must be a list of texts, got {labels!r}.')
     if "instruction" not in table and category and category not in INSTRUCTIONS:
         raise ConfigError(
@@ -191,7 +202,7 @@ def read_task(
             f"{suggestion(category, INSTRUCTIONS)}"
         )
     spelled = {normalise(label): label for label in labels}
-    parts = {s: _examples(found.get(s, ()), labels, spelled) for s in SPLITS}
+    parts = {s: examples(found.get(s, ()), labels, spelled) for s in SPLITS}
     if not parts["test"]:
         raise DataError(f'Task "{name}" has no test rows. Give `test`.')
     return Task(
@@ -204,115 +215,6 @@ def read_task(
         category,
         settings if defaults is None else settings.over(defaults),
     )
-
-
-NO_LABEL = "-"
-"""How MNLI marks a row on whose label its annotators did not agree; such rows are left out."""
-Row = tuple[str, str, Any]
-"""Where it is from, sentence, label as it stands there."""
-
-
-def _from_layout(folder: Path, table: Mapping[str, Any]) -> tuple[dict, list[str], str]:
-    found = {
-        split: list(_from_file(path, table))
-        for split in SPLITS
-        if (path := folder / f"{split}.jsonl").exists() or split != "validation"
-    }
-    labels = table.get("labels")
-    try:
-        if labels is None:
-            labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-        path = folder / "category.txt"
-        category = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    except OSError as error:
-        raise DataError(f"{folder / 'labels.json'}: cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise DataError(f"{folder / 'labels.json'}: not JSON: {error}.") from None
-    return found, labels, category
-
-
-def _from_file(path: Path, table: Mapping[str, Any]) -> Iterable[Row]:
-    for line, row in read_jsonl(path):
-        yield _row(f"{path}:{line}", row, table)
-
-
-def _from_datasets(
-    name: str, table: Mapping[str, Any], folder: Path
-) -> tuple[dict[str, list[Row]], list[str] | None]:
-    """Return the rows of a Hugging Face data set, and the names of its labels if it has them."""
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            "A Hugging Face data set needs the package datasets. Install it: "
-            "pip install 'trueline[train]'"
-        ) from None
-    source, splits = str(table["dataset"]), table.get("splits", {s: s for s in SPLITS})
-    _known(splits, SPLITS, f"`splits` of [tasks.{name}]")
-    local = folder / Path(source).expanduser()
-    try:
-        if any((local / f).exists() for f in ("dataset_dict.json", "state.json")):
-            whole: Any = datasets.load_from_disk(str(local))
-        else:
-            whole = datasets.load_dataset(
-                str(local) if local.is_dir() else source, table.get("config")
-            )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f'Task "{name}": cannot load data set "{source}": {reason}') from None
-    if not isinstance(whole, datasets.DatasetDict):
-        raise DataError(f'Task "{name}": data set "{source}" has no splits. It needs "train".')
-    given = table.get("splits", {})
-    found: dict[str, list[Row]] = {}
-    names: list[str] | None = None
-    for split, key in splits.items():
-        if key not in whole:
-            if split in given or split != "validation":
-                raise DataError(
-                    f'Task "{name}": data set "{source}" has no split "{key}", but '
-                    f"{', '.join(whole)}. Name them by `splits`."
-                )
-            continue
-        feature = whole[key].features.get(table.get("label", "label"))
-        if names is None and hasattr(feature, "names"):
-            names = list(feature.names)
-        where = f"{source}[{key}]"
-        found[split] = [_row(f"{where}:{i}", row, table) for i, row in enumerate(whole[key])]
-    return found, names
-
-
-def _row(where: str, row: Mapping[str, Any], table: Mapping[str, Any]) -> Row:
-    """Return a row with its columns read; a list of columns is written as "column: value" lines."""
-    columns, label = table.get("text", "sentence"), table.get("label", "label")
-    for column in (*([columns] if isinstance(columns, str) else columns), label):
-        if row.get(column) is None:
-            raise DataError(
-                f'{where}: missing field "{column}"; the row has {", ".join(row)}. Name the '
-                "columns by `text` and `label`."
-            )
-    if isinstance(columns, str):
-        return where, str(row[columns]), row[label]
-    return where, "\n".join(f"{column}: {row[column]}" for column in columns), row[label]
-
-
-def _examples(
-    rows: Iterable[Row], labels: Sequence[str], spelled: Mapping[str, str]
-) -> tuple[Example, ...]:
-    """Return checked examples; a whole number is the place of a label, True and False are texts."""
-    examples = []
-    for where, sentence, label in rows:
-        if label == NO_LABEL and NO_LABEL not in labels:
-            continue
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
-            text = labels[label] if str(label) not in labels else str(label)
-        else:
-            text = spelled.get(normalise(str(label)), str(label))
-        if text not in labels:
-            raise DataError(f'{where}: label "{label}" is not one of {", ".join(labels)}.')
-        if not sentence.strip():
-            raise DataError(f"{where}: the sentence is empty.")
-        examples.append(Example(sentence, text))
-    return tuple(examples)
 
 
 def _names(content: Mapping[str, Any], own: Mapping[str, Any], source: str) -> list[str]:
@@ -337,6 +239,40 @@ def _names(content: Mapping[str, Any], own: Mapping[str, Any], source: str) -> l
     if not names:
         raise ConfigError(f"{source} has no tasks. Give `order`, or tables [tasks.NAME].")
     return names
+
+
+def _check_task(table: Mapping[str, Any], where: str) -> None:
+    """Raise `ConfigError` for a key that is unknown, of another type, or says nothing here."""
+    _known(table, TASK, where)
+    for key in TEXTS:
+        if key in table and not (isinstance(table[key], str) and table[key].strip()):
+            empty = key == "instruction" and table[key] == ""
+            if not empty:
+                raise ConfigError(f"`{key}` in {where} must be a text, got {table[key]!r}.")
+    columns, splits = table.get("text", "sentence"), table.get("splits", {})
+    if not isinstance(columns, str) and not _is_texts(columns):
+        raise ConfigError(f"`text` in {where} must be a column or a list of them, got {columns!r}.")
+    if not isinstance(splits, dict) or not all(isinstance(v, str) for v in splits.values()):
+        raise ConfigError(
+            f'`splits` in {where} must be a table such as {{train = "train"}}, got {splits!r}.'
+        )
+    _known(splits, SPLITS, f"`splits` in {where}")
+    if "dataset" in table and (double := [s for s in SPLITS if s in table]):
+        raise ConfigError(f"{where} has `dataset` and `{double[0]}`. Give one of the two.")
+    for key, others in NEEDS.items():
+        if key not in table and (stray := [other for other in others if other in table]):
+            raise ConfigError(f"{where} has `{stray[0]}` without `{key}`. Give both.")
+
+
+def _settings(table: Mapping[str, Any], where: str) -> TaskSettings:
+    try:
+        return TaskSettings(**table)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def _has_source(table: Mapping[str, Any]) -> bool:

@@ -21,7 +21,11 @@ from trueline.errors import ConfigError, DataError
 from trueline.evals.runs import different, plain, versions
 from trueline.train.runs.folders import step_of
 
-WRITTEN = ("stream.json", "log.jsonl", "R.json", "R.csv", "R.png", "time.png")
+WRITTEN = (
+    *("stream.json", "log.jsonl", "R.json", "R.csv", "R.png", "time.png"),
+    *("config.toml", "README.md"),
+)
+"""What a run leaves beside `stages/`; the last two are the command line's."""
 
 
 @dataclass(frozen=True)

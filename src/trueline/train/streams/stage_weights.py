@@ -12,7 +12,7 @@ import copy
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 from trueline.errors import ConfigError, ModelError
+from trueline.train.adapters.export import HEADS
 from trueline.train.adapters.stack import WEIGHTS, AdapterStack, save_adapter
 from trueline.train.streams.config import StreamConfig
-from trueline.train.streams.kinds import Factory
-from trueline.train.streams.strategies import Strategy
+from trueline.train.streams.stages import Strategy
 from trueline.train.streams.tasks import Task, union_of_labels
 
+Factory = Callable[[], tuple[Any, Any]]
+"""Returns a fresh model and its tokenizer, the same at every call."""
 SMALL = 1 << 30
 """Bytes of a model that is kept in memory untouched instead of being made anew for each stage."""
 
@@ -36,7 +38,7 @@ def model_factory(name: str, tasks: Sequence[Task]) -> Factory:
     """Return a function that loads a model of whichever kind, with its tokenizer.
 
     A classifier gets an output for each label of all tasks; where its own head has another number
-    of them the new one is random, by a fixed seed.
+    of them the new one is random, by a fixed seed, and goes into the adapters' files.
     """
     from trueline.modeling import BUNDLED, load_model
 
@@ -67,9 +69,15 @@ def model_factory(name: str, tasks: Sequence[Task]) -> Factory:
             return AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32), tokenizer
         set_seed(0)
         labels = union_of_labels(tasks)
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=len(labels), ignore_mismatched_sizes=True, dtype=torch.float32
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            id2label=dict(enumerate(labels)),
+            label2id={label: k for k, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
+        loaded.head_is_new = bool(info["mismatched_keys"] or info["missing_keys"])
         return loaded, tokenizer
 
     return other
@@ -165,13 +173,19 @@ class StageWeights:
         if self.strategy.weights == "stack":
             stack = AdapterStack.load(self.saved[:index])
         start = self.strategy.orthogonal_start
-        return stack.attach(model, self._lora(index, model), orthogonal_start=start), stack
+        model = stack.attach(model, self._lora(index, model), orthogonal_start=start)
+        if not self.config.train_head:
+            for name, p in model.named_parameters():
+                if ".modules_to_save." in name:
+                    p.requires_grad_(False)
+        return model, stack
 
     def _lora(self, index: int, model: Any) -> LoraConfig:
         config, rank, targets = self.config, self.ranks[index], self.config.target_modules
         head = None
-        if config.train_head:
-            names = [n for n in ("classifier", "score", "classification_head") if hasattr(model, n)]
+        # A head that is in no file of the model must be in the adapter's.
+        if config.train_head or getattr(model, "head_is_new", False):
+            names = [name for name in HEADS if hasattr(model, name)]
             if not names or not type(model).__name__.endswith("ForSequenceClassification"):
                 raise ConfigError("`train_head` is for models that classify by a head.")
             head = names[:1]

@@ -14,7 +14,8 @@ import torch
 
 from trueline.train.adapters.second_moments import Moments, collect_moments
 from trueline.train.adapters.stack import adapter_layers
-from trueline.train.streams.kinds import Kind, Row, by_length
+from trueline.train.streams.answers import by_length
+from trueline.train.streams.kinds import Kind, Row
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
