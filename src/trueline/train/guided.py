@@ -54,7 +54,8 @@ class GuidedAnswers:
             lessons = [trainer.teacher.lesson(trainer.student, row) for row in chosen]
             answers: list[list[int]] = []
             if lessons:
-                with trainer._start(trainer.accelerator.unwrap_model(trainer.model)) as reference:
+                student = trainer.accelerator.unwrap_model(trainer.model)
+                with trainer._start(student) as reference, trainer._fast(reference.model):
                     answers = guided_answers(
                         trainer.teacher,
                         reference,
