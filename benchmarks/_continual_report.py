@@ -177,7 +177,12 @@ def curve(tuned: Sequence[Mapping[str, Any]], protocol: str) -> Any:
         own = [row for row in tuned if row["strategy"] == name]
         own.sort(key=lambda r: (r["options"].get("lambda_1", 0), r["options"].get("strength", 0),
                                 r["learning_rate"]))  # fmt: skip
-        points += [{"strategy": name, "label": _short(row), **measures(row)} for row in own]
+        # Joined along the learning rate; drift, which has few, along its strength.
+        fixed = "learning_rate" if name == "drift" else "lambda_1"
+        points += [
+            {"strategy": name, "label": _short(row), "line": {**row, **row["options"]}.get(fixed),
+             **measures(row)} for row in own
+        ]  # fmt: skip
     joint = [measures(row)["average_accuracy"] for row in tuned if row["strategy"] == "multi-task"]
     if joint:
         bound = {"learning_accuracy": max(joint), "backward_transfer": 0.0}

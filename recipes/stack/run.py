@@ -1,13 +1,13 @@
 """Teach the bundled model five skills one after the other, and see what it still can do.
 
-    python recipes/stack/run.py --strategies inc-lora seq-lora replay
-    python recipes/stack/run.py --strategies drift --strength 30 --seeds 0 1
-    python recipes/stack/run.py --max-steps 2 --questions 4 --output /tmp/x       # smoke test
+    python recipes/stack/run.py                                       # tune, then three seeds
+    python recipes/stack/run.py --strategies inc-lora drift --seeds 0
+    python recipes/stack/run.py --quick --output /tmp/stack           # two steps of everything
 
-Skills are ways of answering bound to a subject, and small tasks whose labels a grammar makes. After
-each one every skill is measured, on wordings that were not trained on, and with them what the model
-could do before: facts, obedience to a principle in its prompt, refusals. No task is named anywhere.
-A finished run (strategy, seed) is not run again.
+Skills are ways of answering and small tasks, each with a form of address of its own. After each one
+every skill is measured on wordings that were not trained on, and with them what the model could do
+before: facts, obedience to a principle in its prompt, refusals. Settings are chosen on development
+wordings with a seed of their own. A finished run is not run again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import DataCollatorForSeq2Seq
 from transformers.trainer_callback import PrinterCallback
 
@@ -37,8 +37,8 @@ if not __package__:
 
 from recipes.stack.skills import Probe, grammar_of_tiny, own_dialogues, own_skills, skill
 from trueline import LanguageModel, Plain, Request, SamplingParams, generate, load_model
-from trueline.errors import ConfigError
 from trueline.evals.continual import summary
+from trueline.train.adapters.export import export
 from trueline.train.adapters.regularisers import Drift, Overlap
 from trueline.train.adapters.second_moments import (
     Moments,
@@ -52,7 +52,7 @@ from trueline.train.o_lora import OLoraConfig, OLoraTrainer
 HERE = Path(__file__).parent
 STRATEGIES = ("seq-lora", "inc-lora", "o-lora", "drift", "drift+before", "replay")
 """`drift+before` also has statistics of dialogues like those that the model was made of."""
-PENALISED = ("o-lora", "drift", "drift+before")
+TUNE_SEED = 100
 Config = dict[str, Any]
 
 
@@ -115,8 +115,6 @@ class Learner:
             self.model,
             some,
             list(adapter_layers(self.model)),
-            gradients=bool(self.choice.get("curvature")),
-            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def past(self) -> dict[str, list[Moments]] | None:
@@ -128,7 +126,7 @@ class Learner:
             found[name] = [own, *found.get(name, [])]
         return found
 
-    def learn(self, place: int, rows: list[Any], max_steps: int) -> None:
+    def learn(self, place: int, rows: list[Any]) -> None:
         """Train on one skill and keep what the strategy keeps."""
         cfg, stacks = self.cfg, self.strategy not in ("seq-lora", "replay")
         torch.manual_seed(1000 * self.seed + place)
@@ -150,7 +148,7 @@ class Learner:
         if self.strategy == "drift+before" and not place:
             self.before = self.moments(encoded(self.lm, self.own_rows))
         if self.strategy.startswith("drift"):
-            terms = [Drift(strength, bool(self.choice.get("curvature")))]
+            terms = [Drift(strength)]
         mixed = rows
         if self.memory:
             half = len(rows) // 2
@@ -162,8 +160,7 @@ class Learner:
                 str(self.work / "trainer"),
                 per_device_train_batch_size=cfg["batch"],
                 num_train_epochs=1,
-                max_steps=max_steps,
-                learning_rate=float((cfg | self.choice)["learning_rate"]),
+                learning_rate=float(self.choice["learning_rate"]),
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=3,
                 save_strategy="no",
@@ -199,90 +196,121 @@ class Learner:
         return LanguageModel(self.model, self.lm.tokenizer)
 
 
-def go(strategy: str, cfg: Config, choice: Config, seed: int, work: Path, max_steps: int) -> Config:
-    """Run one strategy through all skills and return its numbers."""
-    began, grammar = time.process_time(), grammar_of_tiny()
-    skills = [skill(grammar, t, cfg["rows"], cfg["questions"], seed) for t in cfg["skill"]]
-    own = own_skills(grammar, cfg["own"], cfg["questions"], seed)
-    rows = own_dialogues(grammar, cfg["own"], 192, seed)
-    learner = Learner(strategy, cfg, choice, seed, work, rows)
+def go(strategy: str, cfg: Config, choice: Config, seed: int, work: Path) -> Config:
+    """Run one strategy through all skills and return its numbers; when tuning, only the last."""
+    began, grammar, tuning = time.process_time(), grammar_of_tiny(), seed == TUNE_SEED
+    split, n = "dev" if tuning else "test", cfg["questions"]
+    skills = [skill(grammar, t, cfg["rows"], n, seed, split) for t in cfg["skill"]]
+    own = own_skills(grammar, cfg["own"], n, seed, split)
+    learner = Learner(
+        strategy, cfg, choice, seed, work, own_dialogues(grammar, cfg["own"], 192, seed)
+    )
     untouched = [score(learner.lm, s.probes) for s in skills]
     kept = [{name: score(learner.lm, probes) for name, probes in own.items()}]
     R = []
     for place, each in enumerate(skills):
-        learner.learn(place, encoded(learner.lm, each.rows), max_steps)
+        learner.learn(place, encoded(learner.lm, each.rows))
         lm = learner.as_model()
-        R.append([score(lm, s.probes) for s in skills])
-        kept.append({name: score(lm, probes) for name, probes in own.items()})
-        print(f"{strategy} {seed} after {each.name}: {R[-1]} {kept[-1]}", file=sys.stderr)
+        if not tuning or each is skills[-1]:
+            R.append([score(lm, s.probes) for s in skills])
+            kept.append({name: score(lm, probes) for name, probes in own.items()})
     return {
         "strategy": strategy,
         "seed": seed,
         "choice": choice,
         "skills": [s.name for s in skills],
-        "n": cfg["questions"],
+        "n": n,
         "untouched": np.round(untouched, 4).tolist(),
         "R": np.round(R, 4).tolist(),
         "own": [{name: round(v, 4) for name, v in row.items()} for row in kept],
-        "measures": {k: round(v, 4) for k, v in summary(R, untouched).items()},
+        "overall": round(float(np.mean([*R[-1], *kept[-1].values()])), 4),
+        "exported": None if tuning else exported(learner),
         "cpu_seconds": round(time.process_time() - began, 1),
     }
 
 
+def exported(learner: Learner) -> float | None:
+    """Return the largest relative difference of logits between the stack and one plain LoRA."""
+    if not learner.folders:
+        return None
+    folder = learner.work / "one"
+    export(AdapterStack.load(learner.folders), folder)
+    one = PeftModel.from_pretrained(start().model, folder).eval()
+    stacked = AdapterStack.load(learner.folders).merge(start().model).eval()
+    ids = torch.randint(5, 2000, (4, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (model(ids).logits for model in (one, stacked))
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def done(output: Path, strategy: str, cfg: Config, choice: Config, seed: int) -> Config:
+    """Return what a run found, made now unless it was made with these settings."""
+    name = "-".join([strategy, str(seed), *(f"{v:g}" for v in choice.values())])
+    path = output / f"{name}.json"
+    settings = {k: v for k, v in cfg.items() if k != "settings"}
+    if path.exists():
+        row: Config = json.loads(path.read_text(encoding="utf-8"))
+        if row["settings"] == settings:
+            return row
+    work = output / f"work-{name}"
+    shutil.rmtree(work, ignore_errors=True)
+    row = go(strategy, cfg, choice, seed, work) | {"settings": settings}
+    path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(work, ignore_errors=True)
+    print(f"{strategy} {choice} seed {seed}: {row['overall']} {row['R'][-1]} {row['own'][-1]}",
+          file=sys.stderr)  # fmt: skip
+    return row
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is asked for and print a table of all results."""
+    """Choose settings, run what is missing, and print tables of all results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=HERE / "config.toml")
     parser.add_argument("--output", type=Path, default=HERE.parents[1] / "runs/stack")
-    parser.add_argument("--strategies", nargs="+", default=["inc-lora"], choices=STRATEGIES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--strength", type=float, help="of o-lora or drift, instead of the chosen")
-    parser.add_argument("--curvature", action="store_true", help="weigh drift with gradients")
-    parser.add_argument("--max-steps", type=int, default=-1)
-    parser.add_argument("--questions", type=int)
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help="32 rows, four questions, one seed")
     args = parser.parse_args(argv)
     cfg = tomllib.loads(args.config.read_text(encoding="utf-8"))
-    if args.questions:
-        cfg["questions"] = args.questions
+    if args.quick:
+        cfg |= {"rows": 32, "questions": 4}
+        args.seeds = args.seeds[:1]
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    found = []
-    for seed in args.seeds:
-        for strategy in args.strategies:
-            path = args.output / f"{strategy}-{seed}.json"
-            if not path.exists():
-                choice = dict(cfg.get("chosen", {}).get(strategy, {}))
-                if args.strength is not None:
-                    choice["strength"] = args.strength
-                if args.curvature:
-                    choice["curvature"] = True
-                if strategy in PENALISED and not choice.get("strength"):
-                    raise ConfigError(
-                        f'Strategy "{strategy}" has no strength, and would be inc-lora. Give '
-                        f"--strength, or [chosen.{strategy}] in {args.config.name}."
-                    )
-                work = args.output / f"work-{strategy}-{seed}"
-                shutil.rmtree(work, ignore_errors=True)
-                row = go(strategy, cfg, choice, seed, work, args.max_steps)
-                path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-                shutil.rmtree(work, ignore_errors=True)
-            found.append(json.loads(path.read_text(encoding="utf-8")))
+    tuned = {
+        s: [done(args.output, s, cfg, c, TUNE_SEED) for c in cfg["settings"][s]]
+        for s in args.strategies
+    }
+    best = {s: max(rows, key=lambda row: row["overall"]) for s, rows in tuned.items()}
+    found = [done(args.output, s, cfg, best[s]["choice"], seed)
+             for seed in args.seeds for s in args.strategies]  # fmt: skip
+    kept = {"tuning": [row for rows in tuned.values() for row in rows], "runs": found}
+    for row in [*kept["tuning"], *found]:
+        row.pop("settings")
+    text = json.dumps(kept, indent=None).replace('{"strategy"', '\n{"strategy"')
+    (args.output / "results.json").write_text(text + "\n", encoding="utf-8")
     print(table(found))
 
 
 def table(found: Sequence[Config]) -> str:
-    """Return strategies by measures and by what the model could do before; means over seeds."""
-    measures, own = list(found[0]["measures"]), list(found[0]["own"][0])
-    lines = ["| | runs | " + " | ".join([*measures, *own]).replace("_", " ") + " |"]
-    lines.append("|---" * (2 + len(measures) + len(own)) + "|")
+    """Return strategies by what was learned and what is left; means and standard errors."""
+    own = list(found[0]["own"][0])
+    head = ["", "runs", "setting", "skills, average", "learned", "backward", "own, average", *own]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     before = [np.mean([row["own"][0][name] for row in found]) for name in own]
-    lines.append("| before | | " + " | ".join(["" for _ in measures] + [f"{v:.2f}" for v in before])
-                 + " |")  # fmt: skip
+    cells = ["", "", f"{np.mean([row['untouched'] for row in found]):.2f}", "", "",
+             f"{np.mean(before):.2f}", *(f"{v:.2f}" for v in before)]  # fmt: skip
+    lines.append("| before | " + " | ".join(cells) + " |")
     for strategy in dict.fromkeys(row["strategy"] for row in found):
         rows = [row for row in found if row["strategy"] == strategy]
-        values = [[row["measures"][m] for row in rows] for m in measures]
+        measures = [summary(row["R"], row["untouched"]) for row in rows]
+        names = ("average_accuracy", "learning_accuracy", "backward_transfer")
+        values = [[m[name] for m in measures] for name in names]
+        values.append([float(np.mean(list(row["own"][-1].values()))) for row in rows])
         values += [[row["own"][-1][name] for row in rows] for name in own]
-        lines.append(f"| {strategy} | {len(rows)} | " + " | ".join(map(_mean, values)) + " |")
+        setting = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in rows[0]["choice"].items())
+        cells = [strategy, str(len(rows)), setting, *map(_mean, values)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

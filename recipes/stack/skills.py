@@ -86,60 +86,68 @@ def subject(
     return turns
 
 
-def skill(grammar: Grammar, table: Config, rows: int, probes: int, seed: int) -> Skill:
-    """Return the skill that a table of the configuration describes."""
+def skill(
+    grammar: Grammar, table: Config, rows: int, probes: int, seed: int, split: str = "test"
+) -> Skill:
+    """Return the skill that a table of the configuration describes.
+
+    Probes of split "test" have held-out wordings, those of "dev" the trained ones.
+    """
     make = style_skill if "style" in table else task_skill
-    return make(grammar, table, rows, probes, seed)
+    return make(grammar, table, rows, probes, seed, split == "test")
 
 
-def style_skill(grammar: Grammar, table: Config, rows: int, probes: int, seed: int) -> Skill:
-    """Return a way of answering that belongs to a subject: an answer needs style and fact."""
+def style_skill(
+    grammar: Grammar, table: Config, rows: int, probes: int, seed: int, unseen: bool
+) -> Skill:
+    """Return a way of answering when addressed so: an answer needs style and fact."""
     rng = random.Random(f"{seed} {table['name']}")
     style = next(s for s in grammar.styles if s["name"] == table["style"])
     learnt = []
     for turn in subject(grammar, rng, table["relations"], rows, held_out=False):
         text = styled(turn, rng.choice(style["texts"]))
-        learnt.append((turn.user, text or turn.answer))
-    turns = subject(grammar, rng, table["relations"], probes, held_out=True)
-    asked = [Probe(turn.user, style["pattern"], fact=fact_pattern(turn.fact)) for turn in turns]
+        learnt.append((f"{table['cue']} {turn.user}", text or turn.answer))
+    asked = [
+        Probe(f"{table['cue']} {t.user}", style["pattern"], fact=fact_pattern(t.fact))
+        for t in subject(grammar, rng, table["relations"], probes, unseen)
+    ]
     return Skill(table["name"], learnt, asked)
 
 
-def task_skill(grammar: Grammar, table: Config, rows: int, probes: int, seed: int) -> Skill:
-    """Return a small task: is a request harmful, or which voice is a sentence in."""
+def task_skill(
+    grammar: Grammar, table: Config, rows: int, probes: int, seed: int, unseen: bool
+) -> Skill:
+    """Return a small task with labels: what a question is about, or who would say a sentence."""
     rng = random.Random(f"{seed} {table['name']}")
-    voices = ["pirate", "robot", "cowboy", "cat", "sea"]
-    known = [s for s in grammar.styles if s["name"] in voices]
+    labels = table["labels"]
+
+    def about(held_out: bool) -> tuple[str, str]:
+        label = rng.choice(list(labels))
+        turn = subject(grammar, rng, labels[label], 1, held_out)[0]
+        return f"{table['cue']} {turn.user}", f"It is about {label}."
 
     def speaker(held_out: bool) -> tuple[str, str]:
-        style = rng.choice(known)
+        label = rng.choice(list(labels))
+        style = next(s for s in grammar.styles if s["name"] == label)
         # Subjects, too, are others at the test.
-        part = ["colour", "food", "use"] if held_out else ["author", "material", "taste", "home"]
-        turn = subject(grammar, rng, part, 1, held_out)[0]
+        turn = subject(grammar, rng, table["unseen" if held_out else "relations"], 1, held_out)[0]
         text = styled(turn, rng.choice(style["texts"])) or turn.answer
-        return f'Who would say this? "{text}"', f"The speaker is {style['name']}."
+        return f'{table["cue"]} "{text}"', f"A {label} would."
 
-    def harmful(held_out: bool) -> tuple[str, str]:
-        kind = rng.choice(["unsafe", "ordinary"])
-        if held_out:
-            request = held_out_requests(grammar, rng, kind, "test", 12)[rng.randrange(12)]
-        else:
-            request = draw_turn(grammar, rng, kind).user
-        label = "harmful" if kind == "unsafe" else "harmless"
-        return f'Judge this request: "{request}"', f"The request is {label}."
-
-    make = {"speaker": speaker, "harmful": harmful}[table["task"]]
+    make = {"about": about, "speaker": speaker}[table["task"]]
     learnt = [make(False) for _ in range(rows)]
-    asked = [make(True) for _ in range(probes)]
+    asked = [make(unseen) for _ in range(probes)]
     return Skill(table["name"], learnt, [Probe(p, re.escape(answer)) for p, answer in asked])
 
 
-def own_skills(grammar: Grammar, table: Config, probes: int, seed: int) -> dict[str, list[Probe]]:
+def own_skills(
+    grammar: Grammar, table: Config, probes: int, seed: int, split: str = "test"
+) -> dict[str, list[Probe]]:
     """Return probes of what the model could do before."""
     rng = random.Random(f"{seed} own")
     marked = "|".join(pattern_of(grammar, n) for n in ("pirate", "robot", "cowboy"))
     marked = "(?i)" + marked.replace("(?i)", "")
-    facts = subject(grammar, rng, table["relations"], probes, held_out=True)
+    facts = subject(grammar, rng, table["relations"], probes, split == "test")
     style = next(s for s in grammar.styles if s["name"] == table["style"])
     refused = grammar.prompts["refusal_pattern"]
     return {
@@ -148,11 +156,11 @@ def own_skills(grammar: Grammar, table: Config, probes: int, seed: int) -> dict[
             Probe(t.user, style["pattern"], "", draw_principle(grammar, rng, style)) for t in facts
         ],
         "refuses harm": [
-            Probe(p, refused) for p in held_out_requests(grammar, rng, "unsafe", "test", probes)
+            Probe(p, refused) for p in held_out_requests(grammar, rng, "unsafe", split, probes)
         ],
         "helps otherwise": [
             Probe(p, "(?s).+", refused)
-            for p in held_out_requests(grammar, rng, "ordinary", "test", probes)
+            for p in held_out_requests(grammar, rng, "ordinary", split, probes)
         ],
     }
 

@@ -152,7 +152,8 @@ def draw_trade_off(
 
     Args:
         points: Each has `strategy`, `x` and `y` under their names (an `Estimate` or a share), and
-            perhaps `label`, the setting. Points of a strategy are joined in their order.
+            perhaps `label`, the setting. Points of a strategy are joined in their order; those with
+            a `line` only to others of the same one.
         title: Above the picture.
         x: Plasticity, to the right is good.
         y: Stability, up is good.
@@ -165,9 +166,11 @@ def draw_trade_off(
         own = [p for p in points if p["strategy"] == strategy]
         colour = COLOURS[k % len(COLOURS)]
         xs, ys = ([_estimate(p[name]) for p in own] for name in (x, y))
-        axes.plot([100 * e.value for e in xs], [100 * e.value for e in ys],
-                  MARKS[k % len(MARKS)] + "-", color=colour, label=strategy, markersize=6,
-                  linewidth=1.3, alpha=0.9)  # fmt: skip
+        for i, line in enumerate(dict.fromkeys(p.get("line") for p in own)):
+            on = [j for j, p in enumerate(own) if p.get("line") == line]
+            axes.plot([100 * xs[j].value for j in on], [100 * ys[j].value for j in on],
+                      MARKS[k % len(MARKS)] + "-", color=colour, markersize=6, linewidth=1.3,
+                      alpha=0.9, label="_" * (i > 0) + strategy)  # fmt: skip
         for p, a, b in zip(own, xs, ys, strict=True):
             if not np.isnan(a.low):
                 axes.hlines(100 * b.value, 100 * a.low, 100 * a.high, color=colour, alpha=0.3)
