@@ -50,8 +50,10 @@ from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_ada
 from trueline.train.o_lora import OLoraConfig, OLoraTrainer
 
 HERE = Path(__file__).parent
-STRATEGIES = ("seq-lora", "inc-lora", "o-lora", "drift", "drift+before", "replay")
-"""`drift+before` also has statistics of dialogues like those that the model was made of."""
+STRATEGIES = (
+    "seq-lora", "inc-lora", "o-lora", "drift", "drift+before", "replay", "replay+before",
+)  # fmt: skip
+"""`+before`: also has dialogues like those that the model was made of, `drift` their statistics."""
 TUNE_SEED = 100
 Config = dict[str, Any]
 
@@ -128,7 +130,8 @@ class Learner:
 
     def learn(self, place: int, rows: list[Any]) -> None:
         """Train on one skill and keep what the strategy keeps."""
-        cfg, stacks = self.cfg, self.strategy not in ("seq-lora", "replay")
+        cfg, replays = self.cfg, self.strategy.startswith("replay")
+        stacks = self.strategy != "seq-lora" and not replays
         torch.manual_seed(1000 * self.seed + place)
         stack = AdapterStack.load(self.folders if stacks else [])
         if stacks or self.model is None:
@@ -145,8 +148,12 @@ class Learner:
         terms: list[Any] = []
         if self.strategy == "o-lora":
             terms = [Overlap(strength, normalize=True)]
-        if self.strategy == "drift+before" and not place:
-            self.before = self.moments(encoded(self.lm, self.own_rows))
+        if self.strategy.endswith("+before") and not place:
+            own = encoded(self.lm, self.own_rows)
+            if replays:
+                self.memory = own
+            else:
+                self.before = self.moments(own)
         if self.strategy.startswith("drift"):
             terms = [Drift(strength)]
         mixed = rows
@@ -178,9 +185,8 @@ class Learner:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        self.memory += self.rng.sample(rows, min(cfg["replay"], len(rows))) * (
-            self.strategy == "replay"
-        )
+        if replays:
+            self.memory += self.rng.sample(rows, min(cfg["replay"], len(rows)))
         if stacks:
             folder = self.work / f"skill-{place}"
             save_adapter(self.model, folder)
