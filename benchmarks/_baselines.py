@@ -17,7 +17,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from trueline import Decoder, LanguageModel, Method, SamplingParams
-from trueline.decoding import Prompt
+from trueline.engine.decoding import Prompt
 
 Tokens = list[list[int]]
 Pairs = list[tuple[list[int], list[int]]]

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks._continual_model import States, upper_model
-from trueline.data import replace_file
-from trueline.evals.continual import over_seeds, summary
+from trueline.continual.files import preset
+from trueline.continual.folder import StreamResult
+from trueline.continual.metrics import over_seeds, summary
+from trueline.continual.strategies import make_strategy
+from trueline.continual.stream import StreamConfig, run_stream
+from trueline.continual.tasks import PromptForm, Task, union_of_labels
 from trueline.evals.statistics import Estimate
-from trueline.train.continual import StreamConfig, run_stream
-from trueline.train.streams.files import preset
-from trueline.train.streams.folder import StreamResult
-from trueline.train.streams.strategies import make_strategy
-from trueline.train.streams.tasks import PromptForm, Task, union_of_labels
+from trueline.records.data import replace_file
 
 TASKS = ["MNLI", "CB", "WiC", "QQP", "IMDB", "yelp", "amazon", "SST-2", "dbpedia", "agnews"]
 """Of the 14 at hand those on which this model learns something; WiC stands for those on which it

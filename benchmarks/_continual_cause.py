@@ -12,11 +12,11 @@ from torch import Tensor
 
 from benchmarks._continual import BATCH, PROMPT, STACKED, TUNE_ORDERS, TUNE_SEED, Bench, Choice
 from benchmarks._report import table
-from trueline.train.adapters.second_moments import input_moments
+from trueline.continual.answers import by_length
+from trueline.continual.families import kind_of
+from trueline.continual.tasks import union_of_labels
 from trueline.train.adapters.stack import AdapterStack
-from trueline.train.streams.answers import by_length
-from trueline.train.streams.kinds import kind_of
-from trueline.train.streams.tasks import union_of_labels
+from trueline.train.keep.second_moments import input_moments
 
 DIRECTIONS = 8
 STRATEGIES = ("inc-lora", "o-lora", "inf-lora", "drift")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trueline.evals.measures import read_outcomes
+from trueline.evals.metrics import read_outcomes
 from trueline.evals.statistics import mcnemar
 from trueline.evals.sweep import in_first_half, recommend
 

@@ -19,7 +19,7 @@ from benchmarks._ways import WAYS, prompted, sft
 from recipes.distil.measure import answers, logprobs
 from recipes.distil.questions import Principle
 from trueline import LanguageModel, Message
-from trueline.prompts import encode
+from trueline.models.prompts import encode
 
 WARM_RESPONSES, WARM_SEED = 224, 777
 
@@ -144,7 +144,7 @@ def effects(rows: int = 32) -> list[dict[str, Any]]:
     """
     from recipes.distil.questions import grammar, principle, training
     from trueline import load_model
-    from trueline.train.teachers import make_teacher, teacher_effect
+    from trueline.train.distil.teachers import make_teacher, teacher_effect
 
     lm = load_model("tiny", packed_weights=False, dtype="float32", device="cpu")
     prompts = [{"prompt": turn.user} for turn in training("fact", rows, 0)]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trueline.evals.report import (
+from trueline.jobs.report import (
     markdown_table,
     number,
     percent,

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from trueline import LanguageModel, TruelineError, load_model
-from trueline.linear import pack_weights
+from trueline.models.packed import pack_weights
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135M": {

@@ -19,9 +19,9 @@ from torch.nn.functional import linear
 from benchmarks._baselines import Clock, decode, ours, recomputed_step
 from benchmarks._models import SHAPES, Rivals
 from trueline import Decoder, LanguageModel, LinearAlignment, Method, Plain, SamplingParams, SelfCD
-from trueline.linear import ROWS_HINT, can_pack
+from trueline.engine.sampling import sample
 from trueline.methods._ops import nucleus
-from trueline.sampling import sample
+from trueline.models.packed import ROWS_HINT, can_pack
 
 Row = dict[str, Any]
 LENGTH = 200

@@ -17,7 +17,7 @@ from trueline import LinearAlignment, Message, Method, Plain
 
 def inverse_q(run: Run, **options: Any) -> None:
     """Inverse-Q*: Linear Alignment on the frozen start teaches; `options` are of its config."""
-    from trueline.train.inverse_q import InverseQConfig, InverseQTrainer
+    from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer
 
     rows = [{"prompt": p} for p in run.prompts(run.setting.responses)]
     args = InverseQConfig(

@@ -31,10 +31,10 @@ from benchmarks._models import SHAPES, machine, random_model
 from benchmarks._report import table
 from trueline.methods.o_lora import norm, overlap
 from trueline.train.adapters.export import export
-from trueline.train.adapters.penalty import prepare, regularisation
-from trueline.train.adapters.regularisers import Drift, Norm, Overlap, Regulariser
-from trueline.train.adapters.second_moments import Moments
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
+from trueline.train.keep.penalty import prepare, regularisation
+from trueline.train.keep.regularisers import Drift, Norm, Overlap, Regulariser
+from trueline.train.keep.second_moments import Moments
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKED = (1, 2, 8, 16)

@@ -128,7 +128,7 @@ def work(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 **made,
             )
         else:
-            from trueline.train.inverse_q import InverseQConfig, InverseQTrainer
+            from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer
 
             ours = InverseQConfig(
                 **common, **sampled, **CONTENDERS[name], principle=PRINCIPLE, min_effect=0

@@ -16,8 +16,8 @@ from beartype import BeartypeConf, beartype
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import trueline.decoding
-import trueline.sampling
+import trueline.engine.decoding
+import trueline.engine.sampling
 from trueline import LanguageModel
 from trueline.methods import METHODS
 
@@ -34,7 +34,7 @@ def check_shapes(function):
 
 for _cls in METHODS.values():
     _cls.combine = check_shapes(_cls.combine)
-trueline.decoding.sample = check_shapes(trueline.sampling.sample)
+trueline.engine.decoding.sample = check_shapes(trueline.engine.sampling.sample)
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 

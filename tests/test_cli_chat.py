@@ -11,9 +11,9 @@ from conftest import byte_tokenizer, random_model
 from trueline import LanguageModel, LinearAlignment, Plain, SamplingParams, generate, load_model
 from trueline.cli import main
 from trueline.cli.chat import Chat, parse
-from trueline.decoding import Decoder
+from trueline.engine.decoding import Decoder
 from trueline.errors import ConfigError
-from trueline.prompts import encode
+from trueline.models.prompts import encode
 
 PIRATE = "Talk like a pirate."
 SHORT = SamplingParams(max_new_tokens=40)
@@ -31,7 +31,7 @@ def talk(tiny, monkeypatch, capsys):
     """A function: lines and options in, (stdout, stderr) out."""
 
     def run(*lines: str, model: LanguageModel = tiny, options: tuple[str, ...] = ()):
-        monkeypatch.setattr("trueline.modeling.load_model", lambda *args, **kwargs: model)
+        monkeypatch.setattr("trueline.models.load.load_model", lambda *args, **kwargs: model)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         assert main(["chat", "--max-new-tokens", "40", *options]) == 0
         return tuple(capsys.readouterr())

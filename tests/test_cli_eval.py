@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import trueline.decoding
+import trueline.engine.decoding
 from trueline import SamplingParams, SelfCD, generate, load_model
 from trueline.cli import main
 from trueline.cli.eval import PARTS
@@ -26,7 +26,7 @@ def tiny():
 @pytest.fixture(autouse=True)
 def one_load(tiny, monkeypatch):
     """Every command works on the one model that the tests hold."""
-    monkeypatch.setattr("trueline.modeling.load_model", lambda *args, **options: tiny)
+    monkeypatch.setattr("trueline.models.load.load_model", lambda *args, **options: tiny)
 
 
 def call(*argv: object) -> int:
@@ -47,7 +47,7 @@ def swept(tiny, tmp_path_factory):
     """A finished run over three alphas, with its plot."""
     folder = tmp_path_factory.mktemp("swept") / "run"
     patch = pytest.MonkeyPatch()
-    patch.setattr("trueline.modeling.load_model", lambda *args, **options: tiny)
+    patch.setattr("trueline.models.load.load_model", lambda *args, **options: tiny)
     assert call(*REFUSAL, "--alpha", "0:2:1", "--output", folder) == 0
     patch.undo()
     return folder
@@ -91,7 +91,7 @@ def test_alpha_1_is_the_plain_model(swept):
 
 def test_the_same_command_computes_nothing_again(swept, monkeypatch, capsys):
     before = {p.name: p.read_bytes() for p in swept.iterdir() if p.name != "manifest.json"}
-    monkeypatch.setattr(trueline.decoding.Decoder, "run", lambda *a, **o: 1 / 0)
+    monkeypatch.setattr(trueline.engine.decoding.Decoder, "run", lambda *a, **o: 1 / 0)
     assert call(*REFUSAL, "--alpha", "0:2:1", "--output", swept) == 0
     assert "48 responses are there already" in capsys.readouterr().err
     after = {p.name: p.read_bytes() for p in swept.iterdir() if p.name != "manifest.json"}
@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, batches):
     whole = {name: (tmp_path / "run" / name).read_bytes() for name in names}
     for path in (tmp_path / "run").iterdir():
         path.unlink()
-    collect, seen = trueline.decoding.Decoder.collect, []
+    collect, seen = trueline.engine.decoding.Decoder.collect, []
 
     def killed(self, prompts, **options):
         seen.append(len(prompts))
@@ -114,14 +114,16 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, batches):
             raise KeyboardInterrupt
         return collect(self, prompts, **options)
 
-    monkeypatch.setattr(trueline.decoding.Decoder, "collect", killed)
+    monkeypatch.setattr(trueline.engine.decoding.Decoder, "collect", killed)
     assert call(*command) == 130
     assert not (tmp_path / "run" / "results.json").exists()
     with open(tmp_path / "run" / "responses.jsonl", "ab") as file:
         file.write(b'{"key": "half a li')
     seen.clear()
     monkeypatch.setattr(
-        trueline.decoding.Decoder, "collect", lambda *a, **o: seen.append(1) or collect(*a, **o)
+        trueline.engine.decoding.Decoder,
+        "collect",
+        lambda *a, **o: seen.append(1) or collect(*a, **o),
     )
     assert call(*command) == 0
     assert len(seen) == 9 - batches
@@ -141,9 +143,11 @@ def test_further_values_use_the_responses_that_are_there(swept, tmp_path, monkey
     import shutil
 
     shutil.copytree(swept, tmp_path / "copy")
-    collect, seen = trueline.decoding.Decoder.collect, []
+    collect, seen = trueline.engine.decoding.Decoder.collect, []
     monkeypatch.setattr(
-        trueline.decoding.Decoder, "collect", lambda *a, **o: seen.append(1) or collect(*a, **o)
+        trueline.engine.decoding.Decoder,
+        "collect",
+        lambda *a, **o: seen.append(1) or collect(*a, **o),
     )
     options = ("--alpha", "1,1.5", "--no-plot", "--json", "--output", tmp_path / "copy")
     assert call(*REFUSAL, *options) == 0

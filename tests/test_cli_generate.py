@@ -25,11 +25,11 @@ from trueline import (
     generate,
     load_model,
 )
-from trueline.cache import PrefixStore
 from trueline.cli import main
 from trueline.cli.compare import columns, layout
 from trueline.cli.rows import common_prefixes, settle
-from trueline.decoding import Decoder, Prompt
+from trueline.engine.cache import PrefixStore
+from trueline.engine.decoding import Decoder, Prompt
 from trueline.methods.self_cd import SAFETY_PROMPT
 
 QUESTION = "What is the capital of France?"
@@ -47,7 +47,7 @@ def tiny() -> LanguageModel:
 @pytest.fixture(autouse=True)
 def one_load(tiny, monkeypatch):
     """Every command works on the one model that the tests hold."""
-    monkeypatch.setattr("trueline.modeling.load_model", lambda *args, **options: tiny)
+    monkeypatch.setattr("trueline.models.load.load_model", lambda *args, **options: tiny)
 
 
 def call(*argv: object) -> int:
@@ -279,7 +279,7 @@ def test_summary_and_timings(prompts, tmp_path, capsys):
 
 
 def test_bad_rows_stop_the_run_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trueline.modeling.load_model", None)
+    monkeypatch.setattr("trueline.models.load.load_model", None)
     rows = [{"prompt": "Hi"}, {"prompt": ""}, {"prompt": "Hi"}, {"promt": "Hi"}]
     path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "out.jsonl"
     assert call("--input", path, "--output", out) == 2
@@ -326,7 +326,7 @@ def test_skip_bad_runs_the_others(tiny, tmp_path, capsys):
 def test_a_finished_run_loads_no_model(prompts, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.jsonl"
     call("--input", prompts, "--output", out, *SAMPLED)
-    monkeypatch.setattr("trueline.modeling.load_model", None)
+    monkeypatch.setattr("trueline.models.load.load_model", None)
     whole = out.read_bytes()
     assert call("--input", prompts, "--output", out, *SAMPLED) == 0
     assert "All 11 rows are in" in capsys.readouterr().err
@@ -416,7 +416,7 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes(prompts, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_done(prompts, tmp_path, capsys, monkeypatch):
-    from trueline.data import RowFile
+    from trueline.records.data import RowFile
 
     out = tmp_path / "out.jsonl"
     append = RowFile.append

@@ -8,9 +8,10 @@ import json
 import pytest
 import torch
 
-from trueline import LinearAlignment, SamplingParams, generate, load_model, plots
+from trueline import LinearAlignment, SamplingParams, generate, load_model
 from trueline.cli import main
-from trueline.trace import read_jsonl
+from trueline.engine.trace import read_jsonl
+from trueline.records import plots
 
 QUESTION = "What is the capital of France?"
 PIRATE = "Talk like a pirate."
@@ -25,7 +26,7 @@ def tiny():
 @pytest.fixture(autouse=True)
 def one_load(tiny, monkeypatch):
     """Every command works on the one model that the tests hold, on one thread."""
-    monkeypatch.setattr("trueline.modeling.load_model", lambda *args, **options: tiny)
+    monkeypatch.setattr("trueline.models.load.load_model", lambda *args, **options: tiny)
     yield
     assert torch.get_num_threads() == 1
 
@@ -83,7 +84,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("command", [["inspect", QUESTION], ["demo"]])
 def test_missing_matplotlib_stops_before_any_work(tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    monkeypatch.setattr("trueline.modeling.load_model", pytest.fail)
+    monkeypatch.setattr("trueline.models.load.load_model", pytest.fail)
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     assert "pip install 'trueline[plots]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

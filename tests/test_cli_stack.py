@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 
 from trueline.cli import build_parser, main
-from trueline.train.streams.strategies import STRATEGIES
+from trueline.continual.strategies import STRATEGIES
 
 LOADERS = {"llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
 WORDS = {"colour": {"rose": "red", "sky": "blue"}, "size": {"ant": "small", "whale": "big"}}
@@ -218,7 +218,7 @@ def test_the_card_says_what_was_trained_how_and_what_came_out(streamed, models, 
 def test_the_same_command_again_shows_the_same_and_trains_nothing(
     three, models, streamed, capsys, monkeypatch
 ):
-    monkeypatch.setattr("trueline.train.continual.make_trainer", None)
+    monkeypatch.setattr("trueline.continual.stream.make_trainer", None)
     card = (streamed / "README.md").read_text()
     options = ("--learning-rate", "1e-2", "--json")
     assert train(three, models / "llama", streamed, *options) == 0
@@ -291,8 +291,8 @@ def test_every_strategy_trains_measures_and_is_told_apart(name, two, models, tmp
 def test_a_killed_stream_resumes_at_its_step_with_the_same_result(
     two, models, tmp_path, monkeypatch
 ):
-    from trueline.train import continual
-    from trueline.train.runs.folders import last_checkpoint, step_of
+    from trueline.continual import stream as continual
+    from trueline.records.training_folder import last_checkpoint, step_of
 
     more = ("--model", models / "llama", "--batch-size", 4, "--rank", 2, "--threads", 1,
             "--evaluate-limit", 4, "--epochs", 20, "--save-steps", 10)  # fmt: skip
@@ -338,7 +338,7 @@ def test_ctrl_c_says_how_to_go_on(two, models, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trueline.train.continual.make_trainer", interrupt)
+    monkeypatch.setattr("trueline.continual.stream.make_trainer", interrupt)
     assert train(two, models / "llama", tmp_path / "run") == 130
     assert "--resume goes on where" in capsys.readouterr().err
 
@@ -351,7 +351,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(two, models, tmp_path, monke
     def fails(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trueline.train.continual.make_trainer", fails)
+    monkeypatch.setattr("trueline.continual.stream.make_trainer", fails)
     assert train(two, models / "llama", folder, "--overwrite", "--seed", 3) == 130
     left = {p.name for p in folder.iterdir()}
     assert left == {".lock", "notes.txt", "stages", "stream.json"}
@@ -404,8 +404,8 @@ def test_a_new_head_is_the_same_in_every_adapter_and_is_not_trained(two, models,
     heads = [key for key in first if "classifier" in key]
     assert len(heads) == 2
     assert all(torch.equal(first[key], second[key]) for key in heads)
-    from trueline.train.streams.files import read_stream
-    from trueline.train.streams.stage_weights import model_factory
+    from trueline.continual.files import read_stream
+    from trueline.continual.stage_weights import model_factory
 
     fresh = model_factory(str(models / "new-head"), read_stream(two).tasks)()[0]
     [weight] = [first[key] for key in heads if key.endswith("weight")]
@@ -477,7 +477,7 @@ def test_every_command_of_the_help_is_understood(capsys):
 def test_the_stream_in_the_help_can_be_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     from trueline.cli.stack import EXAMPLES
-    from trueline.train.streams.files import read_stream
+    from trueline.continual.files import read_stream
 
     block = EXAMPLES.split("of its own:\n")[1].split("\nAfter each task")[0]
     write_layout(tmp_path / "cl_benchmark", "agnews")

@@ -638,7 +638,7 @@ def test_list_settings_names_every_setting(capsys):
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
-    from trueline.train.runs.folders import RunFolder
+    from trueline.records.training_folder import RunFolder
 
     first = RunFolder(tmp_path / "run", {"a": 1})
     with pytest.raises(ConfigError, match="Another run is writing"):
@@ -648,7 +648,7 @@ def test_a_folder_is_held_by_one_process(tmp_path):
 
 
 def test_only_a_whole_checkpoint_is_gone_on_from(tmp_path):
-    from trueline.train.runs.folders import last_checkpoint
+    from trueline.records.training_folder import last_checkpoint
 
     files = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
     for step, names in ((9, files), (10, files), (11, files[:2]), (12, files[1:]), (13, files)):
@@ -662,7 +662,7 @@ def test_only_a_whole_checkpoint_is_gone_on_from(tmp_path):
 
 
 def test_rows_bring_their_principle_and_an_empty_one_stays_empty(tmp_path):
-    from trueline.train.runs.recipe import read_rows
+    from trueline.train.base import read_rows
 
     texts = [{"prompt": "a"}, {"prompt": "b", "principle": "Be kind."},
              {"messages": [{"role": "user", "content": "c"}], "principle": "", "system": "s"},
@@ -675,7 +675,7 @@ def test_rows_bring_their_principle_and_an_empty_one_stays_empty(tmp_path):
 
 
 def test_weights_are_put_into_place_whole(tmp_path):
-    from trueline.train.runs.folders import RunFolder
+    from trueline.records.training_folder import RunFolder
 
     run = RunFolder(tmp_path / "run", {})
     (run.folder / "w").write_text("old")
@@ -695,7 +695,7 @@ def test_weights_are_put_into_place_whole(tmp_path):
 
 
 def test_curves_show_what_was_logged(tmp_path):
-    from trueline.train.runs.records import draw_curves
+    from trueline.train.progress import draw_curves
 
     rows = [{"step": s, "loss": 1 / s, "eval_loss": 2 / s} for s in (1, 2, 3)]
     rows.append({"step": 3, "kl": 0.5, "note": "text"})
@@ -708,7 +708,7 @@ def test_curves_show_what_was_logged(tmp_path):
 
 
 def test_a_rank_is_rounded_up_to_one_that_vllm_serves():
-    from trueline.train.runs.records import rank_note
+    from trueline.train.progress import rank_note
 
     assert "--max-lora-rank 8 " in rank_note(1)
     assert "--max-lora-rank 64 " in rank_note(33)
@@ -716,7 +716,7 @@ def test_a_rank_is_rounded_up_to_one_that_vllm_serves():
 
 
 def test_only_the_first_of_several_processes_writes(tmp_path):
-    from trueline.train.runs.folders import RunFolder
+    from trueline.records.training_folder import RunFolder
 
     other = RunFolder(tmp_path / "run", {}, main=False)
     assert not (tmp_path / "run").exists()
@@ -739,16 +739,16 @@ def test_every_command_of_the_docs_is_understood(monkeypatch):
 
 
 def test_the_file_of_settings_in_the_docs_is_understood():
-    from trueline.train.inverse_q import InverseQConfig
-    from trueline.train.runs.recipe import Recipe
-    from trueline.train.runs.settings import check
+    from trueline.settings.reader import check
+    from trueline.train.base import Recipe
+    from trueline.train.distil.trainer import InverseQConfig
 
     [block] = re.findall(r"```toml\n(model.*?)```", DOCS, re.DOTALL)
     assert check(tomllib.loads(block), [Recipe, InverseQConfig], "docs")["lora"]["rank"] == 16
 
 
 def test_the_table_of_defaults_in_the_docs_is_that_of_the_code():
-    from trueline.train.runs.recipe import SMALL, defaults
+    from trueline.train.base import SMALL, defaults
 
     for size, name in ((SMALL - 1, "below 100 million"), (SMALL, "100 million and above")):
         row = next(line for line in DOCS.splitlines() if line.startswith(f"| {name}"))

@@ -21,17 +21,17 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
+from trueline.continual.answers import answer_logprobs, decoder_logprobs, padded, text_loss
+from trueline.continual.families import CausalKind, ClassifierKind, Seq2SeqKind, kind_of
+from trueline.continual.fisher import fisher, moments_of
+from trueline.continual.memories import Anchored
+from trueline.continual.metrics import average_accuracy
+from trueline.continual.stages import Stage
+from trueline.continual.strategies import STRATEGIES, make_strategy
+from trueline.continual.stream import StreamConfig, run_stream
+from trueline.continual.tasks import Example, PromptForm, Task, TaskSettings, union_of_labels
 from trueline.errors import ConfigError, DataError, ModelError
-from trueline.evals.continual import average_accuracy
 from trueline.train.adapters.stack import AdapterStack
-from trueline.train.continual import StreamConfig, run_stream
-from trueline.train.streams.answers import answer_logprobs, decoder_logprobs, padded, text_loss
-from trueline.train.streams.kinds import CausalKind, ClassifierKind, Seq2SeqKind, kind_of
-from trueline.train.streams.memories import Anchored
-from trueline.train.streams.stages import Stage
-from trueline.train.streams.statistics import fisher, moments_of
-from trueline.train.streams.strategies import STRATEGIES, make_strategy
-from trueline.train.streams.tasks import Example, PromptForm, Task, TaskSettings, union_of_labels
 
 SHORT = PromptForm(instruction=False, options=False)
 CONFIG = StreamConfig(
@@ -586,7 +586,7 @@ class Stopped(Exception):
 
 
 def test_a_stopped_stream_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    from trueline.train import continual
+    from trueline.continual import stream as continual
 
     whole = run(tmp_path / "whole", "o-lora")
     real, calls = continual.Log.on_step_end, []

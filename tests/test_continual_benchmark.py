@@ -137,7 +137,7 @@ def test_texts_are_read_once_and_kept(states, tmp_path):
 
 
 def test_every_strategy_chooses_from_as_many_settings(command):
-    from trueline.train.streams.strategies import STRATEGIES
+    from trueline.continual.strategies import STRATEGIES
 
     for protocol in ("union", "offered"):
         found = command.choices(protocol)
@@ -150,7 +150,7 @@ def test_every_strategy_chooses_from_as_many_settings(command):
 
 
 def test_orders_are_the_papers_without_what_is_left_out(cells):
-    from trueline.train.streams.tasks import order_names
+    from trueline.continual.tasks import order_names
 
     for name, tasks in cells.ORDERS.items():
         assert tasks == [t for t in order_names(name) if t in cells.TASKS]

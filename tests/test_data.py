@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trueline.data import RowFile, check_settings, read_jsonl, read_prompts
 from trueline.errors import ConfigError, DataError
+from trueline.records.data import RowFile, check_settings, read_jsonl, read_prompts
 
 
 def write(path: Path, *lines: str | bytes) -> Path:

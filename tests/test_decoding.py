@@ -23,9 +23,9 @@ from trueline import (
     SelfCD,
     generate,
 )
-from trueline.batch import Batch
+from trueline.engine.batch import Batch
 from trueline.methods._ops import with_system
-from trueline.prompts import encode
+from trueline.models.prompts import encode
 
 QUESTIONS = ["Hi", "What is the moon made of?", "Name three birds, please."]
 PRINCIPLE = "Talk like a pirate."

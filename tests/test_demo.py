@@ -10,7 +10,7 @@ import pytest
 
 from trueline import AdaCD, Completion, ConfigError, DataError, Decoder, LinearAlignment, SelfCD
 from trueline.cli.demo import cell
-from trueline.demo import (
+from trueline.jobs.demo import (
     ALPHAS,
     PAIRS,
     RATIOS,

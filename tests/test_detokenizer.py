@@ -7,7 +7,7 @@ from conftest import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trueline.detokenizer import Detokenizer
+from trueline.models.detokenizer import Detokenizer
 
 TOKENIZER = byte_tokenizer()
 

@@ -84,7 +84,7 @@ def test_principles_are_in_words_the_corpus_never_had():
 
 def test_logprobs_by_a_naive_loop(tiny):
     from recipes.distil.measure import asked, logprobs
-    from trueline.prompts import encode
+    from trueline.models.prompts import encode
 
     chats = asked(["What is the moon?", "Hi.", "Which city is the capital of France?"])
     responses = [[728, 565, 17], [5], [9, 10, 11, 12]]

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from trueline.errors import ConfigError, DataError
-from trueline.evals.continual import (
+from trueline.continual.metrics import (
     average_accuracy,
     backward_transfer,
     forgetting,
@@ -23,6 +22,7 @@ from trueline.evals.continual import (
     summary,
     trained,
 )
+from trueline.errors import ConfigError, DataError
 
 SQUARE = st.integers(2, 6).flatmap(
     lambda n: arrays(np.float64, (n, n), elements=st.floats(0, 1, width=32))

@@ -23,7 +23,7 @@ from trueline.evals.judges import (
 from trueline.evals.refusal import Verdict
 from trueline.evals.rubrics import ADHERENCE, PAIRWISE, REFUSAL, Rubric, read_answer
 from trueline.evals.statistics import cohen_kappa
-from trueline.prompts import encode
+from trueline.models.prompts import encode
 
 
 class Server(ThreadingHTTPServer):

@@ -17,7 +17,7 @@ from trueline.evals.likelihood import (
     response_logprobs,
 )
 from trueline.evals.quality import distinct, perplexity, repetition_rate, text_quality
-from trueline.prompts import encode
+from trueline.models.prompts import encode
 
 USER = [
     [{"role": "user", "content": text}]

@@ -23,7 +23,7 @@ from trueline.evals.preference import (
     personal_prompt,
     reward_accuracy,
 )
-from trueline.prompts import encode
+from trueline.models.prompts import encode
 
 QUESTIONS = [
     PersonalQuestion("Tea or milk?", ("Tea.", "Milk!"), ("a cook", "a child"), "1"),

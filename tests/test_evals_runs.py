@@ -9,8 +9,10 @@ import math
 import pytest
 
 from trueline import ConfigError, DataError, SamplingParams
-from trueline.evals import items, measures, report, runs, sweep
-from trueline.evals.runs import Rows, Run
+from trueline.evals import items, metrics, sweep
+from trueline.jobs import report
+from trueline.records import runs
+from trueline.records.runs import Rows, Run
 
 SAMPLING = SamplingParams(max_new_tokens=8)
 
@@ -267,7 +269,7 @@ def test_summary_by_hand():
         {"token_ids": [7] * 5, "base_nll": 5 * math.log(2)},
     ]
     verdicts = [{"over_refusal": 1.0}, {"over_refusal": None}, {"harmful_refusal": 1.0}]
-    found = measures.summarise("refusal", responses, verdicts)
+    found = metrics.summarise("refusal", responses, verdicts)
     over = found["measures"]["over_refusal"]
     assert (over["value"], over["n"], over["unknown"], over["outcomes"]) == (1.0, 1, 1, "1?")
     assert found["measures"]["harmful_refusal"]["n"] == 1
@@ -279,7 +281,7 @@ def test_summary_by_hand():
 
 @pytest.mark.parametrize("values", [[1.0, 0.0, None], [0.3, None, 1.0]])
 def test_outcomes_round_trip(values):
-    assert measures.read_outcomes(measures.write_outcomes(values)) == values
+    assert metrics.read_outcomes(metrics.write_outcomes(values)) == values
 
 
 def test_adherence_is_judged_principle_by_principle():
@@ -288,7 +290,7 @@ def test_adherence_is_judged_principle_by_principle():
             return [len(principle) / 10 + int(r) / 100 for r in responses]
 
     prompts = [items.Item("1", "p", "g", principle=p) for p in ("a", "bb", "a")]
-    rows = measures.judge_responses("adherence", prompts, ["1", "2", "3"], Judge())
+    rows = metrics.judge_responses("adherence", prompts, ["1", "2", "3"], Judge())
     assert [r["adherence"] for r in rows] == pytest.approx([0.11, 0.22, 0.13])
 
 

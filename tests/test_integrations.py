@@ -26,7 +26,7 @@ from trueline import (
     load_model,
 )
 from trueline.integrations import split_options
-from trueline.prompts import encode
+from trueline.models.prompts import encode
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # The harness, datasets and their dependencies warn on import, each version in its own way.

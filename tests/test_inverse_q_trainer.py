@@ -25,16 +25,15 @@ from trueline import (
     load_model,
 )
 from trueline.errors import ConfigError, DataError
-from trueline.linear import merged_products
-from trueline.prompts import encode
+from trueline.models.packed import merged_products
+from trueline.models.prompts import encode
 from trueline.types import Request
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("trl")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from trueline.train.inverse_q import InverseQConfig, InverseQTrainer  # noqa: E402
-from trueline.train.teachers import (  # noqa: E402
+from trueline.train.distil.teachers import (  # noqa: E402
     TEACHERS,
     make_teacher,
     policies,
@@ -42,6 +41,7 @@ from trueline.train.teachers import (  # noqa: E402
     teacher_effect,
     teacher_of,
 )
+from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer  # noqa: E402
 
 pytestmark = [
     # transformers renamed the option; TRL and PEFT still use the old name.

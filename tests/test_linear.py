@@ -10,8 +10,8 @@ import torch
 from conftest import random_model
 from torch import nn
 
-from trueline import linear
-from trueline.linear import can_pack, pack_weights
+from trueline.models import packed as linear
+from trueline.models.packed import can_pack, pack_weights
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.float32), reason="this build of torch has no oneDNN"

@@ -192,7 +192,7 @@ def tiny():
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_pages_commands_run(line, tiny, endpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trueline.modeling.load_model", lambda *args, **options: tiny)
+    monkeypatch.setattr("trueline.models.load.load_model", lambda *args, **options: tiny)
     for name, rows in FILES.items():
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("labels.csv").write_text('completion,label\n"I can\'t help.",full\nBoil it.,complied\n')
@@ -226,7 +226,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def test_long_prompts_are_named_before_anything_is_decoded(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("trueline.modeling.load_model", lambda *args, **options: tiny)
+    monkeypatch.setattr("trueline.models.load.load_model", lambda *args, **options: tiny)
     rows = [{"prompt": "What is the moon?"}, {"prompt": "moon " * 2000, "id": "long one"}]
     safe, folder = write(tmp_path / "safe.jsonl", rows), tmp_path / "run"
     options = ["eval", "refusal", "--safe", str(safe), "--batch-size", "1", "--no-plot"]
@@ -242,7 +242,7 @@ def test_long_prompts_are_named_before_anything_is_decoded(tiny, tmp_path, monke
 
 
 def test_long_questions_are_left_out_by_logprob_too(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("trueline.modeling.load_model", lambda *args, **options: tiny)
+    monkeypatch.setattr("trueline.models.load.load_model", lambda *args, **options: tiny)
     long = {"question": "cat " * 2000, "answers": ["cat", "dog"], "users": ["Al", "Bo"]}
     path = write(tmp_path / "q.jsonl", [*FILES["questions.jsonl"], long])
     options = ["eval", "preference", "--questions", str(path), "--by", "logprob", "--output"]

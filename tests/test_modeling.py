@@ -8,7 +8,7 @@ from conftest import NO_SYSTEM, byte_tokenizer, random_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trueline import ConfigError, LanguageModel, ModelError, generate, load_model
-from trueline.prompts import encode
+from trueline.models.prompts import encode
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_dtype(folder, dtype, expected):
 
 
 def test_packed_weights_can_be_switched_off(folder, monkeypatch):
-    from trueline import linear
+    from trueline.models import packed as linear
 
     monkeypatch.setattr(linear, "MIN_WEIGHTS", {torch.float32: 0, torch.bfloat16: 0})
     packed, own = (load_model(folder, packed_weights=on).model for on in (None, False))

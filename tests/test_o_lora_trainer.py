@@ -18,19 +18,19 @@ from transformers.utils import logging
 from trueline.errors import ConfigError, DataError, ModelError
 from trueline.methods.drift import drift, factor_of
 from trueline.methods.o_lora import norm, overlap
-from trueline.train.adapters import penalty as penalties
 from trueline.train.adapters.export import export
-from trueline.train.adapters.penalty import PenaltyMixin
-from trueline.train.adapters.regularisers import Drift, Norm, Overlap
-from trueline.train.adapters.second_moments import (
+from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
+from trueline.train.keep import penalty as penalties
+from trueline.train.keep.penalty import PenaltyMixin
+from trueline.train.keep.regularisers import Drift, Norm, Overlap
+from trueline.train.keep.second_moments import (
     Moments,
     collect_moments,
     input_moments,
     load_moments,
     save_moments,
 )
-from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
-from trueline.train.o_lora import OLoraConfig, OLoraTrainer
+from trueline.train.keep.trainer import OLoraConfig, OLoraTrainer
 
 KINDS = list(TARGETS)
 
@@ -438,7 +438,7 @@ def test_one_step_of_any_trainer_has_the_penalty_once(name, steps, tmp_path):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from trueline.train.inverse_q import InverseQConfig, InverseQTrainer
+    from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer
 
     pair = {"prompt": "Say", "chosen": " yes", "rejected": " no"}
     trainers = {

@@ -10,10 +10,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from trueline import ConfigError, plots
-from trueline.demo import Adherence, Refusal
+from trueline import ConfigError
+from trueline.engine.trace import Alternative, BranchTrace, Comparison, Recording, TokenTrace
 from trueline.evals.statistics import rate
-from trueline.trace import Alternative, BranchTrace, Comparison, Recording, TokenTrace
+from trueline.jobs.demo import Adherence, Refusal
+from trueline.records import plots
 
 EVIL = "<script>alert('x')</script>\"& $x$ {{ 7 * 7 }}"
 CHOICES = (Alternative(1, EVIL, 0.75), Alternative(2, " b", 0.0001))

@@ -6,7 +6,7 @@ import pytest
 from conftest import CHATML, NO_SYSTEM, byte_tokenizer, random_model
 
 from trueline import DataError, LanguageModel, ModelError
-from trueline.prompts import encode, fold_system, pad_left, shared_length, system_prefix
+from trueline.models.prompts import encode, fold_system, pad_left, shared_length, system_prefix
 from trueline.types import check_messages
 
 USER = {"role": "user", "content": "Why?"}

@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
 )
 
 from trueline import ConfigError, SamplingParams
-from trueline.sampling import sample, uniforms
+from trueline.engine.sampling import sample, uniforms
 
 
 def random_logits(seed=0, batch=4, vocab=40):

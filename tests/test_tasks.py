@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from trueline.errors import ConfigError, DataError
-from trueline.train.streams.files import preset, read_stream, read_task, stream_from
-from trueline.train.streams.tasks import (
+from trueline.continual.files import preset, read_stream, read_task, stream_from
+from trueline.continual.tasks import (
     INSTRUCTIONS,
     ORDERS,
     Example,
@@ -21,6 +20,7 @@ from trueline.train.streams.tasks import (
     same_label,
     union_of_labels,
 )
+from trueline.errors import ConfigError, DataError
 
 TOPICS = ["World", "Sports"]
 

@@ -23,8 +23,7 @@ from trueline import (
     Step,
     generate,
 )
-from trueline.methods._ops import with_system
-from trueline.trace import (
+from trueline.engine.trace import (
     TokenTexts,
     kl_divergence,
     read_jsonl,
@@ -32,6 +31,7 @@ from trueline.trace import (
     trace_step,
     write_jsonl,
 )
+from trueline.methods._ops import with_system
 
 NAMES = "abcd"
 COMBINED = [1.0, -math.inf, 0.5, -2.0]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trueline.errors import ConfigError, DataError
-from trueline.train.runs.settings import (
+from trueline.settings.reader import (
     Word,
     assignments,
     build,

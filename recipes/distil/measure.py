@@ -23,7 +23,7 @@ from trueline import (
     SamplingParams,
     generate,
 )
-from trueline.prompts import encode, pad_left
+from trueline.models.prompts import encode, pad_left
 
 NEW_TOKENS = 40
 BATCH = 256

@@ -36,7 +36,7 @@ if not __package__:
 from recipes.distil.measure import Probe, Rate, answers, asked, kl, logprobs, pool, rate
 from recipes.distil.questions import CHAT, TEST, grammar, principle, questions, requests, training
 from trueline import SAFETY_PROMPT, LanguageModel, load_model
-from trueline.train.inverse_q import InverseQConfig, InverseQTrainer
+from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer
 
 HERE = Path(__file__).parent
 OVER_REFUSAL = "over-refusal"

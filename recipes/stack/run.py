@@ -37,17 +37,17 @@ if not __package__:
 
 from recipes.stack.skills import Probe, grammar_of_tiny, own_dialogues, own_skills, skill
 from trueline import LanguageModel, Plain, Request, SamplingParams, generate, load_model
-from trueline.evals.continual import summary
+from trueline.continual.metrics import summary
 from trueline.train.adapters.export import export
-from trueline.train.adapters.regularisers import Drift, Overlap
-from trueline.train.adapters.second_moments import (
+from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
+from trueline.train.keep.regularisers import Drift, Overlap
+from trueline.train.keep.second_moments import (
     Moments,
     collect_moments,
     load_moments,
     save_moments,
 )
-from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
-from trueline.train.o_lora import OLoraConfig, OLoraTrainer
+from trueline.train.keep.trainer import OLoraConfig, OLoraTrainer
 
 HERE = Path(__file__).parent
 STRATEGIES = (

@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trueline.decoding import Decoder, Prompt, Step, generate
+    from trueline.engine.decoding import Decoder, Prompt, Step, generate
+    from trueline.engine.hook import guided
     from trueline.errors import ConfigError, DataError, ModelError, TruelineError
-    from trueline.hook import guided
     from trueline.methods import METHODS, make_method
     from trueline.methods.ada_cd import AdaCD
     from trueline.methods.blend import Blend
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from trueline.methods.linear_alignment import LinearAlignment
     from trueline.methods.plain import Plain
     from trueline.methods.self_cd import SAFETY_PROMPT, SelfCD
-    from trueline.modeling import LanguageModel, load_model
+    from trueline.models.load import LanguageModel, load_model
     from trueline.types import Completion, Message, Method, Request, SamplingParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "trueline.decoding": ("Decoder", "Prompt", "Step", "generate"),
+    "trueline.engine.decoding": ("Decoder", "Prompt", "Step", "generate"),
     "trueline.errors": ("ConfigError", "DataError", "ModelError", "TruelineError"),
-    "trueline.hook": ("guided",),
+    "trueline.engine.hook": ("guided",),
     "trueline.methods": ("METHODS", "make_method"),
     "trueline.methods.ada_cd": ("AdaCD",),
     "trueline.methods.blend": ("Blend",),
@@ -35,7 +35,7 @@ _HOMES = {
     "trueline.methods.linear_alignment": ("LinearAlignment",),
     "trueline.methods.plain": ("Plain",),
     "trueline.methods.self_cd": ("SAFETY_PROMPT", "SelfCD"),
-    "trueline.modeling": ("LanguageModel", "load_model"),
+    "trueline.models.load": ("LanguageModel", "load_model"),
     "trueline.types": ("Completion", "Message", "Method", "Request", "SamplingParams"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trueline.train.runs.folders import RunFolder
-    from trueline.train.runs.recipe import Recipe
+    from trueline.records.training_folder import RunFolder
+    from trueline.train.base import Recipe
 
 PANELS = {
     "loss": "loss",
@@ -36,9 +36,9 @@ def finish(
     rows: int,
 ) -> None:
     """Sum up the log, draw it, and write the card."""
-    from trueline.train.runs.folders import CHECKPOINTS
-    from trueline.train.runs.records import draw_curves, model_card
-    from trueline.train.runs.settings import write_toml
+    from trueline.records.training_folder import CHECKPOINTS
+    from trueline.settings.reader import write_toml
+    from trueline.train.progress import draw_curves, model_card
 
     log = folder.rows()
     results = summary(log, folder.facts)
@@ -96,7 +96,7 @@ def summary(log: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
 
 def note(recipe: Recipe) -> str:
     """Return how to use the result."""
-    from trueline.train.runs.records import rank_note
+    from trueline.train.progress import rank_note
 
     return "" if recipe.full or recipe.merge else rank_note(recipe.lora.rank)
 

@@ -20,13 +20,13 @@ from trueline.cli.options import (
     parse_weighted,
     sampling_from,
 )
-from trueline.data import SEEDS
 from trueline.errors import ConfigError, DataError, TruelineError, suggestion
 from trueline.methods import METHODS, make_method
+from trueline.records.data import SEEDS
 from trueline.types import Message, Method, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from trueline.decoding import Decoder
+    from trueline.engine.decoding import Decoder
 
 EXAMPLES = """examples:
   trueline chat
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     options = {k.removeprefix("method_") for k in vars(args) if k.startswith("method_")}
     given = {k: getattr(method, k) for k in options if hasattr(method, k)}
 
-    from trueline.decoding import Decoder
+    from trueline.engine.decoding import Decoder
 
     decoder = Decoder(load(args), share_prefixes=False, keep_turns=True)
     chat = Chat(decoder, method.name, given, sampling, args.system, args.seed)

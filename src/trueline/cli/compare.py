@@ -15,7 +15,7 @@ from trueline.methods import Plain
 from trueline.types import Message, Method, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from trueline.decoding import Decoder
+    from trueline.engine.decoding import Decoder
     from trueline.types import Completion
 
 NARROWEST = 24

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from trueline.cli.inspect import output_folder
 
 if TYPE_CHECKING:
-    from trueline.demo import Adherence, HeldOut, Refusal
     from trueline.evals.statistics import Estimate
+    from trueline.jobs.demo import Adherence, HeldOut, Refusal
 
 EXAMPLES = """examples:
   trueline demo
@@ -38,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure on the bundled model and write the report."""
-    from trueline.plots import draw_demo, need_matplotlib
+    from trueline.records.plots import draw_demo, need_matplotlib
 
     need_matplotlib()
     import torch
     from tqdm import tqdm
 
-    from trueline import demo
-    from trueline.decoding import Decoder
-    from trueline.modeling import load_model
+    from trueline.engine.decoding import Decoder
+    from trueline.jobs import demo
+    from trueline.models.load import load_model
 
     demo.check_limit(args.limit)
     folder, start = output_folder(args.output), time.perf_counter()
@@ -76,7 +76,7 @@ def describe(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     import transformers
 
     import trueline
-    from trueline.demo import SAMPLING
+    from trueline.jobs.demo import SAMPLING
 
     return {
         "model": "tiny",
@@ -100,7 +100,7 @@ def write_results(
     settings: dict[str, Any],
 ) -> None:
     """Write every number and every answer as JSON."""
-    from trueline.demo import choose_pairs, choose_requests
+    from trueline.jobs.demo import choose_pairs, choose_requests
 
     pairs = choose_pairs(held_out, args.limit, args.seed)
     content = {
@@ -124,7 +124,7 @@ def render_report(
     """Return the report as Markdown."""
     from jinja2 import Environment, PackageLoader
 
-    from trueline import demo
+    from trueline.jobs import demo
 
     environment = Environment(
         loader=PackageLoader("trueline", "assets"), trim_blocks=True, lstrip_blocks=True

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from trueline.cli.cards import finish, note
 from trueline.cli.train import add_setting, read_layers, show
-from trueline.data import file_hash
 from trueline.errors import ConfigError, DataError, ModelError, check_number
-from trueline.train.runs.folders import CHECKPOINTS
-from trueline.train.runs.recipe import (
+from trueline.records.data import file_hash
+from trueline.records.training_folder import CHECKPOINTS
+from trueline.train.base import (
     FIXED,
     Recipe,
     base_settings,
@@ -26,10 +26,10 @@ from trueline.train.runs.recipe import (
 )
 
 if TYPE_CHECKING:
-    from trueline.modeling import LanguageModel
-    from trueline.train.held_out import HeldOut
-    from trueline.train.inverse_q import InverseQConfig, InverseQTrainer
-    from trueline.train.runs.folders import RunFolder
+    from trueline.models.load import LanguageModel
+    from trueline.records.training_folder import RunFolder
+    from trueline.train.distil.held_out import HeldOut
+    from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer
 
 SHOWN = {
     "loss": "loss",
@@ -117,11 +117,11 @@ def run(args: argparse.Namespace) -> int | None:
         from trueline.cli.rows import report
 
         return report(bad, str(found["prompts"]))
-    from trueline.train.runs.records import quiet
+    from trueline.train.progress import quiet
 
     with quiet():
-        from trueline.train.inverse_q import InverseQConfig
-        from trueline.train.runs.settings import build, check, merge, resolved
+        from trueline.settings.reader import build, check, merge, resolved
+        from trueline.train.distil.trainer import InverseQConfig
 
         classes = [Recipe, InverseQConfig]
         values = merge(FIXED, *(check(given, classes, source) for given, source in layers))
@@ -151,11 +151,11 @@ def run(args: argparse.Namespace) -> int | None:
 
 def list_settings() -> None:
     """Print every setting with its default and what it is."""
-    from trueline.train.runs.records import quiet
+    from trueline.train.progress import quiet
 
     with quiet():
-        from trueline.train.inverse_q import InverseQConfig
-        from trueline.train.runs.settings import explain
+        from trueline.settings.reader import explain
+        from trueline.train.distil.trainer import InverseQConfig
 
         for name, default, text in explain([Recipe, InverseQConfig]):
             if name != "output_dir":
@@ -181,8 +181,8 @@ def check_recipe(recipe: Recipe, values: dict[str, Any]) -> None:
 
 def config_of(values: dict[str, Any], output: str, recipe: Recipe) -> InverseQConfig:
     """Return the trainer's configuration."""
-    from trueline.train.inverse_q import InverseQConfig
-    from trueline.train.runs.settings import build, merge
+    from trueline.settings.reader import build, merge
+    from trueline.train.distil.trainer import InverseQConfig
 
     own = {"output_dir": str(Path(output) / CHECKPOINTS), "disable_tqdm": True}
     return build(InverseQConfig, merge(device_settings(recipe), values, own))
@@ -193,7 +193,7 @@ def open_folder(
 ) -> RunFolder:
     """Return the run's folder, refused where it holds anything else."""
     from trueline.cli.folders import command
-    from trueline.train.runs.folders import RunFolder
+    from trueline.records.training_folder import RunFolder
 
     settings = {
         "kind": "inverse-q",
@@ -218,7 +218,7 @@ def read_evaluation(recipe: Recipe, values: dict[str, Any], output: Path) -> Hel
     from trueline.cli.judging import make_judge
     from trueline.evals.datasets import load_prompts
     from trueline.evals.items import Item, adherence_items
-    from trueline.train.held_out import HeldOut
+    from trueline.train.distil.held_out import HeldOut
 
     if recipe.evaluate is None:
         return None
@@ -255,8 +255,8 @@ def train(
     folder: RunFolder,
 ) -> None:
     """Train from the start or the checkpoint, and write weights, log, curves and card."""
-    from trueline.train.runs.records import attach, quiet
-    from trueline.train.runs.settings import write_toml
+    from trueline.settings.reader import write_toml
+    from trueline.train.progress import attach, quiet
 
     with quiet():
         trainer = make_trainer(args, values, recipe, model, rows, judging)
@@ -280,7 +280,7 @@ def make_trainer(
     judging: HeldOut | None,
 ) -> InverseQTrainer:
     """Return the trainer; a row that does not fit the model is named by its line."""
-    from trueline.train.inverse_q import InverseQTrainer
+    from trueline.train.distil.trainer import InverseQTrainer
 
     held_out = None
     if recipe.evaluate is not None and judging is None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueline.cli.stack_cards import export_card
-from trueline.data import replace_file
 from trueline.errors import ConfigError
+from trueline.records.data import replace_file
 
 if TYPE_CHECKING:
     from trueline.train.adapters.stack import AdapterStack
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("`--model` and `--dtype` go with `--form merged`.")
     folders, streams = adapter_folders(args.adapters)
     need_packages(("peft",))
-    from trueline.train.runs.records import no_bars, quiet
+    from trueline.train.progress import no_bars, quiet
 
     with quiet(), no_bars():
         from trueline.train.adapters.export import export
@@ -127,7 +127,7 @@ def base(
     from importlib import resources
 
     from trueline.errors import suggestion
-    from trueline.modeling import BUNDLED, DTYPES
+    from trueline.models.load import BUNDLED, DTYPES
     from trueline.train.adapters.export import load_base, outputs_of
 
     if args.dtype not in ("auto", *DTYPES):

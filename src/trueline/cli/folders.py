@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trueline.evals.runs import Run
-    from trueline.modeling import LanguageModel
+    from trueline.models.load import LanguageModel
+    from trueline.records.runs import Run
 
 
 def finish(args: argparse.Namespace, run: Run, results: dict[str, Any], draw: Any = None) -> None:
     """Draw the plot if there is one, write the results, and print them."""
-    from trueline.evals import report
-    from trueline.evals.runs import plain
+    from trueline.jobs import report
+    from trueline.records.runs import plain
 
     results = plain(results)
     results["plot"] = bool(draw) and not args.no_plot
     if results["plot"]:
         from matplotlib import rc_context
 
-        from trueline.plots import STYLE
+        from trueline.records.plots import STYLE
 
         with rc_context(STYLE):
             draw().savefig(run.folder / "plot.png")
@@ -48,8 +48,8 @@ def model_settings(args: argparse.Namespace, model: LanguageModel) -> dict[str, 
     """Return what tells the model and the versions it runs under."""
     from importlib import resources
 
-    from trueline.evals.runs import digest, folder_hash, model_hash, versions
-    from trueline.modeling import BUNDLED
+    from trueline.models.load import BUNDLED
+    from trueline.records.runs import digest, folder_hash, model_hash, versions
 
     folder: Any = Path(args.model).expanduser()
     if args.model in BUNDLED:
@@ -77,7 +77,7 @@ def model_settings(args: argparse.Namespace, model: LanguageModel) -> dict[str, 
 
 def run_folder(args: argparse.Namespace, kind: str, settings: Mapping[str, Any]) -> Path:
     """Return the run's folder: as given, or one named by what decides the responses."""
-    from trueline.evals.runs import digest, plain
+    from trueline.records.runs import digest, plain
 
     if args.output is not None:
         return Path(args.output).expanduser()

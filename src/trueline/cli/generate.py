@@ -18,12 +18,12 @@ from trueline.cli.options import (
     method_from,
     sampling_from,
 )
-from trueline.data import SEEDS
 from trueline.errors import ConfigError, DataError
+from trueline.records.data import SEEDS
 from trueline.types import Completion, Message, Method, Request
 
 if TYPE_CHECKING:
-    from trueline.decoding import Decoder, Prompt, Step
+    from trueline.engine.decoding import Decoder, Prompt, Step
 
 EXAMPLES = """examples:
   trueline generate "What is the moon?" --principle "Talk like a pirate." --ratio 2
@@ -89,7 +89,7 @@ def answer(args: argparse.Namespace) -> None:
         from trueline.cli.compare import columns
 
         columns(method)
-    from trueline.decoding import Decoder
+    from trueline.engine.decoding import Decoder
 
     decoder = Decoder(load(args), share_prefixes=False)
     if args.compare:

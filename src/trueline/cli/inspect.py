@@ -15,12 +15,12 @@ from trueline.cli.options import (
     method_from,
     sampling_from,
 )
-from trueline.data import SEEDS
 from trueline.errors import ConfigError, check_number
+from trueline.records.data import SEEDS
 from trueline.types import Message, Method, SamplingParams
 
 if TYPE_CHECKING:
-    from trueline.trace import Comparison
+    from trueline.engine.trace import Comparison
 
 EXAMPLES = """examples:
   trueline inspect "What is the moon?" --principle "Talk like a pirate." --ratio 2
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Decode the question with a trace and write the files."""
-    from trueline.plots import draw_trace, need_matplotlib, render_page
+    from trueline.records.plots import draw_trace, need_matplotlib, render_page
 
     method, sampling = method_from(args), sampling_from(args)
     check_number("top", args.top, low=1, whole=True)
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from trueline.decoding import Decoder
-    from trueline.trace import record, write_jsonl
+    from trueline.engine.decoding import Decoder
+    from trueline.engine.trace import record, write_jsonl
 
     decoder = Decoder(load(args), share_prefixes=False)
     with tqdm(total=sampling.max_new_tokens, unit="token", disable=None, leave=False) as bar:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trueline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trueline.modeling import LanguageModel
+    from trueline.models.load import LanguageModel
 
 
 def make_judge(
@@ -62,10 +62,10 @@ def make_judge(
 
 def keywords() -> tuple[Any, dict[str, Any]]:
     """Return the keyword judge, told by the text of its rule."""
-    from trueline.data import file_hash
     from trueline.evals import refusal
     from trueline.evals.judges import KeywordJudge
-    from trueline.evals.runs import digest
+    from trueline.records.data import file_hash
+    from trueline.records.runs import digest
 
     folder = Path(str(refusal.__file__)).parent
     files = [folder / "refusal.py", folder / "language.py", *sorted(folder.glob("*_patterns.py"))]
@@ -76,8 +76,8 @@ def _local(
     args: argparse.Namespace, model: LanguageModel | None, version: int
 ) -> tuple[Any, dict[str, Any]]:
     from trueline.evals.judges import LocalJudge
-    from trueline.evals.runs import model_hash
-    from trueline.modeling import load_model
+    from trueline.models.load import load_model
+    from trueline.records.runs import model_hash
 
     if not args.judge_model:
         raise ConfigError("`--judge local` needs `--judge-model NAME`, a folder or hub name.")

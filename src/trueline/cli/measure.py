@@ -11,31 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 from trueline.cli.folders import command, finish, model_settings, run_folder, sources
 from trueline.cli.options import load, parse_weighted
-from trueline.data import SEEDS
 from trueline.errors import ConfigError
 from trueline.methods import METHODS
+from trueline.records.data import SEEDS
 from trueline.types import SamplingParams
 
 if TYPE_CHECKING:
     from trueline.evals.items import Item
-    from trueline.evals.runs import Run
     from trueline.evals.sweep import Point
+    from trueline.records.runs import Run
 
 DEFAULT_METHOD = {"refusal": "self-cd"}
 
 
 def run_points(args: argparse.Namespace) -> None:
     """Decode every point on every prompt, judge, and write the run's folder."""
-    from trueline.evals.measures import fitting
-    from trueline.evals.runs import Run, digest
+    from trueline.evals.metrics import fitting
     from trueline.evals.sweep import GOALS
+    from trueline.records.runs import Run, digest
 
     metric = metric_of(args)
     items = items_of(args, metric)
     points = points_of(args, metric, items)
     _check_plot(args)
     from trueline.cli.judging import make_judge, spent
-    from trueline.decoding import Decoder
+    from trueline.engine.decoding import Decoder
 
     model = load(args)
     decoder, given = Decoder(model), len(items)
@@ -182,9 +182,9 @@ def _measure(
     """
     from tqdm import tqdm
 
-    from trueline.evals import measures
-    from trueline.evals.runs import digest
+    from trueline.evals import metrics
     from trueline.evals.sweep import paired_test
+    from trueline.records.runs import digest
 
     keys = [digest([metric, run.settings, p.describe(), p.baseline]) for p in points]
     rows: list[dict[str, Any]] = []
@@ -202,7 +202,7 @@ def _measure(
 
         for point, key in zip(points, keys, strict=True):
             bar.set_postfix_str(point.label, refresh=False)
-            responses = measures.respond(
+            responses = metrics.respond(
                 decoder, run.responses, key, point, items,
                 batch_size=args.batch_size, seed=args.seed, on_done=count,
             )  # fmt: skip
@@ -210,11 +210,11 @@ def _measure(
 
             def judged(batch: Sequence[Item], first: int, texts: Any = texts) -> Any:
                 own = texts[first : first + len(batch)]
-                found = measures.judge_responses(metric, batch, own, judge)
+                found = metrics.judge_responses(metric, batch, own, judge)
                 return [{"id": i.id, **v} for i, v in zip(batch, found, strict=True)]
 
             verdicts = run.verdicts.compute(digest([key, judged_by]), items, 64, judged)
-            numbers = measures.summarise(metric, responses, verdicts)
+            numbers = metrics.summarise(metric, responses, verdicts)
             values[point.label] = {n: [v.get(n) for v in verdicts] for n in numbers["measures"]}
             losses = [(row["base_nll"], len(row["token_ids"])) for row in responses]
             values[point.label]["perplexity"] = losses
@@ -222,7 +222,7 @@ def _measure(
             rows.append({**about, "baseline": point.baseline, "key": key, **numbers})
     if points[0].baseline:
         flags = [
-            {n: measures.read_outcomes(m["outcomes"]) for n, m in row["measures"].items()}
+            {n: metrics.read_outcomes(m["outcomes"]) for n, m in row["measures"].items()}
             for row in rows
         ]
         for row, own in list(zip(rows, flags, strict=True))[1:]:
@@ -274,6 +274,6 @@ def _finish(args: argparse.Namespace, run: Run, results: dict[str, Any]) -> None
 
 def _check_plot(args: argparse.Namespace) -> None:
     if not args.no_plot:
-        from trueline.plots import need_matplotlib
+        from trueline.records.plots import need_matplotlib
 
         need_matplotlib()

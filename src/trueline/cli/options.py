@@ -12,7 +12,7 @@ from trueline.methods import METHODS, make_method
 from trueline.types import Method, SamplingParams
 
 if TYPE_CHECKING:
-    from trueline.modeling import LanguageModel
+    from trueline.models.load import LanguageModel
 
 SMALL = 100_000_000
 """Models with fewer parameters run fastest on one thread."""
@@ -40,7 +40,7 @@ def load(args: argparse.Namespace) -> LanguageModel:
     """Load the model that the options name, and set the number of threads."""
     import torch
 
-    from trueline.modeling import load_model
+    from trueline.models.load import load_model
 
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"`threads` must be at least 1, got {args.threads}.")

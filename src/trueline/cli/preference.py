@@ -45,7 +45,7 @@ def _win_rate(args: argparse.Namespace) -> None:
     from trueline.cli.judging import make_judge
     from trueline.evals.pairwise import win_rates
     from trueline.evals.rubrics import CRITERION
-    from trueline.evals.runs import digest
+    from trueline.records.runs import digest
 
     first, second = (read_responses(path)[: args.limit] for path in args.responses)
     if [p for p, _ in first] != [p for p, _ in second]:
@@ -84,7 +84,7 @@ def _win_rate(args: argparse.Namespace) -> None:
 def _implicit_reward(args: argparse.Namespace) -> None:
     from trueline.evals.datasets import load_pairs
     from trueline.evals.preference import branch_weights, implicit_rewards, reward_accuracy
-    from trueline.evals.runs import digest
+    from trueline.records.runs import digest
 
     method = method_from(args, "linear-alignment")
     branch_weights(method, len(method.prompts([{"role": "user", "content": "?"}])))
@@ -112,8 +112,8 @@ def _implicit_reward(args: argparse.Namespace) -> None:
 def _letters(args: argparse.Namespace) -> None:
     from trueline.evals.datasets import load_personal
     from trueline.evals.preference import personal_accuracy, personal_choices, personal_principle
-    from trueline.evals.runs import digest
     from trueline.methods import METHODS, make_method
+    from trueline.records.runs import digest
 
     questions = load_personal(args.questions)[: args.limit]
     name = args.method or "linear-alignment"
@@ -153,7 +153,7 @@ def run_judge(args: argparse.Namespace) -> None:
     from trueline.evals.figures import draw_confusion
     from trueline.evals.judges import agreement, read_labels
     from trueline.evals.refusal import LABELS, Verdict
-    from trueline.evals.runs import digest
+    from trueline.records.runs import digest
 
     texts = read_labels(args.labels)[: args.limit]
     data = {"sources": [args.labels], "n": len(texts), "sha256": digest([asdict(t) for t in texts])}
@@ -202,7 +202,7 @@ def _run_rows(
     from tqdm import tqdm
 
     from trueline.cli.judging import spent
-    from trueline.evals.runs import Run, digest, versions
+    from trueline.records.runs import Run, digest, versions
 
     settings = {"versions": versions(), **settings}
     folder = run_folder(args, kind, settings)

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read the runs and write the report."""
     from trueline.cli.inspect import output_folder
-    from trueline.evals.report import render_html, render_markdown
-    from trueline.evals.runs import read_results
+    from trueline.jobs.report import render_html, render_markdown
+    from trueline.records.runs import read_results
 
     runs = [read_results(folder) for folder in args.runs]
     names = [Path(folder).name or str(folder) for folder in args.runs]

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueline.cli.options import load, method_from, sampling_from
-from trueline.data import (
+from trueline.errors import ConfigError, DataError, check_number
+from trueline.methods import METHODS
+from trueline.records.data import (
     BadRow,
     PromptRow,
     RowFile,
@@ -24,13 +26,11 @@ from trueline.data import (
     read_prompts,
     replace_file,
 )
-from trueline.errors import ConfigError, DataError, check_number
-from trueline.methods import METHODS
 from trueline.types import Completion, Message, Method, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from trueline.cache import PrefixStore
-    from trueline.decoding import Decoder, Prompt, Step
+    from trueline.engine.cache import PrefixStore
+    from trueline.engine.decoding import Decoder, Prompt, Step
 
 SHOWN = 20
 """Bad rows are listed up to this many, then counted."""
@@ -51,7 +51,7 @@ def run_file(args: argparse.Namespace) -> int:
     if (total := _finished(args, settings)) is not None:
         return _summary(args, total, 0, 0, 0.0, 0)
 
-    from trueline.decoding import Decoder
+    from trueline.engine.decoding import Decoder
 
     decoder = Decoder(load(args))
     prompts: dict[int, Prompt] = {}
@@ -177,7 +177,7 @@ def _output(
 
 def common_prefixes(prompts: Sequence[Prompt], least: int) -> list[Prompt]:
     """Return the prompts without the prefixes that fewer than `least` of them share."""
-    from trueline.decoding import MIN_PREFIX
+    from trueline.engine.decoding import MIN_PREFIX
 
     used = Counter(prefix for p in prompts for prefix in set(p.prefixes))
     common = {prefix for prefix, n in used.items() if n >= least and len(prefix) >= MIN_PREFIX}

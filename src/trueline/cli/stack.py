@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from trueline.cli.stack_cards import run_card
 from trueline.cli.train import add_setting, read_layers
-from trueline.data import replace_file
 from trueline.errors import ConfigError, suggestion
+from trueline.records.data import replace_file
 
 if TYPE_CHECKING:
-    from trueline.train.continual import StreamResult
+    from trueline.continual.stream import StreamResult
 
 EXAMPLES = """examples:
   trueline train o-lora --tasks stream.toml --output stacked
@@ -53,7 +53,7 @@ class StreamJob:
     """Which tasks are trained into which model, and how they are kept apart."""
 
     tasks: str | None = None
-    """TOML file of the stream; see `trueline.train.streams.files`."""
+    """TOML file of the stream; see `trueline.continual.files`."""
     data: str | None = None
     """Folder of the tasks' data, instead of the file's `data`."""
     model: str = "tiny"
@@ -93,20 +93,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check settings and tasks, train the stream, and say what it gave."""
-    from trueline.train.runs.settings import build, check, explain, merge, resolved, write_toml
+    from trueline.settings.reader import build, check, explain, merge, resolved, write_toml
 
     layers = read_layers(args)
     found: dict[str, Any] = {name: value for values, _ in layers for name, value in values.items()}
     if not args.list_settings:
         early_checks(args, found)
-        from trueline.train.streams.files import read_stream
+        from trueline.continual.files import read_stream
 
         stream = read_stream(found["tasks"], data=found.get("data"))
-    from trueline.train.runs.records import quiet
+    from trueline.train.progress import quiet
 
     with quiet():
-        from trueline.train.continual import StreamConfig, run_stream
-        from trueline.train.streams.strategies import STRATEGIES, make_strategy
+        from trueline.continual.strategies import STRATEGIES, make_strategy
+        from trueline.continual.stream import StreamConfig, run_stream
 
     name = str(found.get("strategy", StreamJob.strategy))
     if name not in STRATEGIES:
@@ -182,7 +182,7 @@ def set_threads(job: StreamJob) -> None:
     import torch
 
     from trueline.errors import check_number
-    from trueline.modeling import BUNDLED
+    from trueline.models.load import BUNDLED
 
     if job.threads is not None:
         check_number("threads", job.threads, low=1, whole=True)

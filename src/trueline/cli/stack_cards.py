@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from trueline.cli.folders import command
 
 if TYPE_CHECKING:
+    from trueline.continual.files import Stream
+    from trueline.continual.stream import StreamResult
     from trueline.train.adapters.export import Exported
     from trueline.train.adapters.stack import AdapterStack
-    from trueline.train.continual import StreamResult
-    from trueline.train.streams.files import Stream
 
 CLASSES = {
     "causal": ("AutoModelForCausalLM", "text-generation"),
@@ -43,8 +43,8 @@ def run_card(
         config: The settings as TOML.
         result: The scores.
     """
-    from trueline.train.runs.records import model_card
-    from trueline.train.streams.folder import read_json
+    from trueline.continual.folder import read_json
+    from trueline.train.progress import model_card
 
     folder = result.folder
     about, kept = read_json(folder / "R.json"), read_json(folder / "stream.json")
@@ -96,9 +96,9 @@ def export_card(
         model: The base, as it was given or as the adapters name it.
         streams: The R.json of each stream that the adapters come from, by `folder`.
     """
-    from trueline.evals.report import markdown_table
-    from trueline.evals.runs import versions
-    from trueline.train.runs.records import model_card
+    from trueline.jobs.report import markdown_table
+    from trueline.records.runs import versions
+    from trueline.train.progress import model_card
 
     name, merged = done.folder.resolve().name, done.form == "merged"
     kind = kind_of_adapters(stack)
@@ -183,7 +183,7 @@ def is_bundled(model: str) -> bool:
     """Return whether this is the bundled model, by its name or by the folder it lies in."""
     from importlib import resources
 
-    from trueline.modeling import BUNDLED
+    from trueline.models.load import BUNDLED
 
     assets = Path(str(resources.files("trueline"))) / "assets"
     return model in BUNDLED or any(Path(model) == assets / name for name in BUNDLED)
@@ -230,7 +230,7 @@ def _tables(stream: Stream, result: StreamResult, settings: dict[str, Any]) -> s
     """Return R, its pictures, and the tasks."""
     import math
 
-    from trueline.evals.report import markdown_table
+    from trueline.jobs.report import markdown_table
 
     def cells(row: Any) -> list[str]:
         return ["" if math.isnan(value) else f"{value:.3f}" for value in row]

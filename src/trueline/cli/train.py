@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trueline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trueline.train.runs.folders import RunFolder
+    from trueline.records.training_folder import RunFolder
 
 EXAMPLES = """examples:
   trueline train inverse-q --principle "Talk like a pirate." --prompts prompts.jsonl --output pirate
@@ -83,7 +83,7 @@ def need_packages(names: Sequence[str] = NEEDED) -> None:
 
 def read_layers(args: argparse.Namespace) -> list[tuple[dict[str, Any], str]]:
     """Return (settings, where they were said) of the file, of --set, and of the options."""
-    from trueline.train.runs.settings import assignments, read_toml
+    from trueline.settings.reader import assignments, read_toml
 
     layers = [(assignments(args.set), "--set"), (given(args), "command line")]
     if args.config is not None:
@@ -96,7 +96,7 @@ def read_layers(args: argparse.Namespace) -> list[tuple[dict[str, Any], str]]:
 
 def show(args: argparse.Namespace, folder: RunFolder, note: str) -> None:
     """Print the results, the folder, and how to use what is in it."""
-    from trueline.train.runs.records import brief
+    from trueline.train.progress import brief
 
     results = folder.results or {}
     if args.json:

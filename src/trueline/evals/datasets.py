@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trueline.data import read_jsonl
 from trueline.errors import ConfigError, DataError, suggestion
+from trueline.records.data import read_jsonl
 from trueline.types import Message
 
 PROMPT_COLUMNS = ("prompt", "Behavior", "question", "instruction", "goal", "text", "input")

@@ -29,7 +29,7 @@ from trueline.evals.statistics import Estimate, cohen_kappa, confusion, rate
 from trueline.types import Message
 
 if TYPE_CHECKING:
-    from trueline.modeling import LanguageModel
+    from trueline.models.load import LanguageModel
 
 HUMAN_LABELS: dict[str, Label] = {
     "fullcompliance": "complied",

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trueline.engine.scoring import combined, forced_logits
 from trueline.errors import DataError, ModelError, check_number
-from trueline.prompts import encode
-from trueline.scoring import combined, forced_logits
+from trueline.models.prompts import encode
 from trueline.types import Message, Method, check_messages
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trueline.modeling import LanguageModel
+    from trueline.models.load import LanguageModel
 
 
 def response_ids(model: LanguageModel, messages: Sequence[Message], text: str) -> list[int]:

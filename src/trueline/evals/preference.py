@@ -26,7 +26,7 @@ from trueline.methods import Blend
 from trueline.types import Message, Method, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from trueline.modeling import LanguageModel
+    from trueline.models.load import LanguageModel
 
 LETTERS = "ABCDEFGH"
 PERSONAL_SAMPLING = SamplingParams(max_new_tokens=10)
@@ -77,7 +77,7 @@ def personal_choices(
 
     The right choice is the user's own number: see `personal_accuracy`.
     """
-    from trueline.decoding import generate
+    from trueline.engine.decoding import generate
     from trueline.evals.likelihood import label_logprobs
 
     if by not in ("letter", "logprob"):

@@ -23,7 +23,7 @@ from trueline.evals.statistics import Estimate, mean
 from trueline.types import Message, check_messages
 
 if TYPE_CHECKING:
-    from trueline.modeling import LanguageModel
+    from trueline.models.load import LanguageModel
 
 
 def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
@@ -59,7 +59,7 @@ def negative_logprobs(
     Empty completions give empty arrays.
     """
     from trueline.evals.likelihood import response_logprobs
-    from trueline.prompts import encode
+    from trueline.models.prompts import encode
 
     if len(prompts) != len(completions):
         raise DataError(f"Got {len(completions)} completions for {len(prompts)} prompts.")

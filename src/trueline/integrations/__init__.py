@@ -26,7 +26,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
 
     >>> split_options({"principle": "Be brief.", "ratio": "3", "dtype": "float32"})
     """
-    from trueline.modeling import load_model
+    from trueline.models.load import load_model
 
     loading = set(inspect.signature(load_model).parameters) - {"name", "raw"}
     given = dict(options)

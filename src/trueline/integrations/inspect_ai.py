@@ -14,10 +14,10 @@ from typing import Any
 
 import anyio
 
-from trueline.decoding import Decoder
+from trueline.engine.decoding import Decoder
 from trueline.errors import ConfigError, DataError, ModelError
 from trueline.integrations import split_options
-from trueline.modeling import load_model
+from trueline.models.load import load_model
 from trueline.types import Completion, Request, SamplingParams
 
 try:

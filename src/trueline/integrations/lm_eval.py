@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trueline.decoding import Decoder, Prompt
+from trueline.engine.decoding import Decoder, Prompt
 from trueline.errors import ConfigError, DataError, ModelError, TruelineError, suggestion
 from trueline.integrations import split_options
 from trueline.integrations.scoring import Scored, combined_logits
-from trueline.modeling import LanguageModel, load_model
-from trueline.prompts import encode, render, shared_length
+from trueline.models.load import LanguageModel, load_model
+from trueline.models.prompts import encode, render, shared_length
 from trueline.types import Message, SamplingParams, check_messages
 
 try:

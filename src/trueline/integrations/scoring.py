@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trueline.modeling import LanguageModel
-from trueline.scoring import combined, forced_logits
+from trueline.engine.scoring import combined, forced_logits
+from trueline.models.load import LanguageModel
 from trueline.types import Method
 
 if TYPE_CHECKING:

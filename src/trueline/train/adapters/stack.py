@@ -2,7 +2,7 @@
 
     stack = AdapterStack.load(["run/task1", "run/task2"])     folders that PEFT wrote
     model = stack.attach(base, LoraConfig(r=8, ...))          + one fresh adapter named "default"
-    ... train with any trainer (`trueline.train.o_lora` adds the penalty) ...
+    ... train with any trainer (`trueline.train.keep.trainer` adds the penalty) ...
     save_adapter(model, "run/task3")
 
 Files stay as they are: each task starts from the untouched base and merges the earlier adapters
@@ -30,10 +30,10 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trueline.data import file_hash
 from trueline.errors import ConfigError, ModelError
 from trueline.methods.inf_lora import outside
 from trueline.methods.o_lora import row_basis
+from trueline.records.data import file_hash
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

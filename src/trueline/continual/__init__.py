@@ -1,0 +1,1 @@
+"""The continual-learning benchmark of the O-LoRA paper: task families, sources, strategies, R."""

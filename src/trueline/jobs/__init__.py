@@ -1,0 +1,1 @@
+"""Jobs: one function each, from a config and a folder to results."""

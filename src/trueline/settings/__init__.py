@@ -1,0 +1,1 @@
+"""From a dataclass to its options, TOML keys and documentation."""

@@ -1,0 +1,1 @@
+"""Inverse-Q*: the policy of a decoding method moves into the weights."""

@@ -1,0 +1,409 @@
+"""Teachers of Inverse-Q*: the policy of any decoding method on the frozen start of the model.
+
+    name               the policy to learn
+    principle          the model with the principle in its prompt (context distillation)
+    linear-alignment   the Linear Alignment policy: options `ratio`, `top_p`, `epsilon`, `norm`
+    checkpoints        a tuned model over the start: z_t + ratio (z_t - z_S), option `tuned`
+    self-cd, ...       any other method of `METHODS`, with its options
+
+What the student is to say depends on its prompt. Taught "plain" it sees a row's own messages and
+does unasked what the teacher does when asked: a principle moves into the weights. Taught
+"prompted" it sees the messages of the teacher's first branch, and learns to answer that prompt as
+the method does: under its safety prompt a student of Self-CD no longer over-refuses.
+
+Each row may name its own `principle`. A row without one is taught the reference itself: how the
+student keeps what it does elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from trueline.engine.decoding import Decoder, Prompt, generate
+from trueline.engine.scoring import combined, forced_logits
+from trueline.errors import ConfigError, DataError, check_number, suggestion
+from trueline.methods import METHODS, make_method
+from trueline.methods.inverse_q import floored
+from trueline.methods.plain import Plain
+from trueline.models.load import LanguageModel, load_model
+from trueline.models.prompts import encode
+from trueline.types import Message, Method, Request, SamplingParams, check_messages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEACHERS = ("principle", "linear-alignment", "checkpoints", *(m for m in METHODS if m != "plain"))
+STUDENTS = ("plain", "prompted")
+DEFAULT_FLOOR = 1e-3
+"""Share of the reference mixed into a teacher that rules tokens out."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One row: what the student sees, and the branches of the teacher's policy.
+
+    `method` is None where the teacher is the reference itself.
+    """
+
+    prompt: list[int]
+    method: Method | None
+    branches: list[list[int]]
+
+
+@dataclass
+class Teacher:
+    """A decoding method as the policy to learn, its principle chosen by each row."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the method, `principle` left out."""
+    principle: str | None = None
+    """For rows that name none."""
+    student: str = "plain"
+    """Which prompt the student sees; see the module."""
+    tuned: LanguageModel | None = None
+    """The model of `checkpoints`; all other teachers are the reference's own."""
+    _methods: dict[str | None, Method] = field(default_factory=dict, repr=False)
+
+    @property
+    def takes_principle(self) -> bool:
+        """Whether a principle belongs to it."""
+        return "principle" in METHODS[self._method_name].__dataclass_fields__
+
+    @property
+    def _method_name(self) -> str:
+        return {"principle": "plain", "checkpoints": "contrast"}.get(self.name, self.name)
+
+    def method(self, principle: str | None) -> Method:
+        """Return the method with this principle."""
+        if principle not in self._methods:
+            options = dict(self.options)
+            if self.takes_principle and principle is not None:
+                options["principle"] = principle
+            self._methods[principle] = make_method(self._method_name, options)
+        return self._methods[principle]
+
+    def row_method(self, row: Mapping[str, Any]) -> Method | None:
+        """Return the method that teaches a row; None where the reference does.
+
+        A missing or null `principle` stands for the teacher's own, an empty one for none.
+        """
+        principle = row.get("principle")
+        if principle is not None and not isinstance(principle, str):
+            raise DataError(f"`principle` must be text, got {principle!r}.")
+        if principle is not None and not principle.strip():
+            return None
+        if not self.takes_principle:
+            if principle is not None:
+                raise DataError(
+                    f'`principle` is {principle!r}, but teacher "{self.name}" takes none. Leave '
+                    'it out, or make it "" where the model is to stay as it is.'
+                )
+            return self.method(None)
+        principle = principle or self.principle
+        if principle is None and self._needs_principle:
+            return None
+        return self.method(principle)
+
+    @property
+    def _needs_principle(self) -> bool:
+        """Whether it teaches nothing without a principle."""
+        if self.name == "principle":
+            return True
+        fields = METHODS[self._method_name].__dataclass_fields__
+        return "principle" in fields and fields["principle"].default is dataclasses.MISSING
+
+    def student_messages(self, row: Mapping[str, Any]) -> list[Message]:
+        """Return what the student sees of a row."""
+        messages = check_messages(row["prompt"])
+        if self.student == "plain":
+            return messages
+        method = self.row_method(row)
+        if method is None and not self._needs_principle:
+            # Kept as it is, but under the same prompt as the rows that are taught.
+            method = self.method(None)
+        return messages if method is None else method.prompts(messages)[0]
+
+    def lesson(self, model: LanguageModel, row: Mapping[str, Any]) -> Lesson:
+        """Return a row's prompts as token ids, as a decoder would see them."""
+        prompt = encode(model, self.student_messages(row))
+        method = self.row_method(row)
+        if method is None:
+            return Lesson(prompt, None, [prompt])
+        chats = method.prompts(check_messages(row["prompt"]))
+        return Lesson(prompt, method, [encode(model, chat) for chat in chats])
+
+    def check(self, columns: Sequence[str] | None) -> None:
+        """Raise `ConfigError` if a principle is needed and none can come; None: columns unknown."""
+        known = columns is not None and "principle" not in columns
+        if self._needs_principle and self.principle is None and known:
+            raise ConfigError(
+                f'Teacher "{self.name}" needs a principle. Give `principle`, or a column '
+                "`principle` in the data."
+            )
+
+    def check_model(self, student: LanguageModel) -> None:
+        """Bring the tuned model, if there is one, to the student; refuse another vocabulary."""
+        if self.tuned is None:
+            return
+        sizes = [model.text_config.vocab_size for model in (self.tuned, student)]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(
+                f'`tuned` is "{self.tuned.name}" with {sizes[0]} tokens in its vocabulary, the '
+                f"student has {sizes[1]}. Give a model tuned from the same start."
+            )
+        self.tuned.model.to(student.device)  # type: ignore[arg-type]
+        self.tuned.model.requires_grad_(False)
+
+
+def make_teacher(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    principle: str | None = None,
+    student: str | None = None,
+) -> Teacher:
+    """Return the teacher called `name`; everything but the rows is checked here.
+
+    Args:
+        name: See the module.
+        options: Fields of its method; for "checkpoints" `tuned` (folder or hub name of a model,
+            or of an adapter for one) and `ratio`.
+        principle: For rows that name none.
+        student: "plain" or "prompted"; by default prompted for self-cd, plain for all others.
+
+    Raises:
+        ConfigError: A name or option is unknown or out of range.
+        ModelError: The tuned model cannot be loaded.
+    """
+    if name not in TEACHERS:
+        raise ConfigError(f'Unknown teacher "{name}".{suggestion(name, TEACHERS)}')
+    options = dict(options or {})
+    student = student or ("prompted" if name == "self-cd" else "plain")
+    if student not in STUDENTS:
+        raise ConfigError(f'`student` must be "plain" or "prompted", got "{student}".')
+    if principle is not None and (not isinstance(principle, str) or not principle.strip()):
+        raise ConfigError("`principle` is empty. State in words what the model is to follow.")
+    tuned = None
+    if name == "checkpoints":
+        tuned, options = _checkpoints(options)
+    if name == "principle" and options:
+        raise ConfigError(
+            f'Teacher "principle" has no option `{next(iter(options))}`: it is the prompt alone. '
+            'For a ratio or a mask take "linear-alignment".'
+        )
+    if "principle" in options:
+        principle = options.pop("principle")
+    teacher = Teacher(name, options, principle, student, tuned)
+    if principle is not None and not teacher.takes_principle:
+        raise ConfigError(f'Teacher "{name}" takes no `principle`. Leave it out.')
+    # A stand-in lets the method check its options before any row is seen.
+    method = teacher.method(principle or ("a principle" if teacher._needs_principle else None))
+    if method.base_branches and tuned is None:
+        raise ConfigError(
+            f'Teacher "{name}" runs a branch without the adapter, but the adapter is what is being '
+            'learned. Take "checkpoints" with `tuned`.'
+        )
+    return teacher
+
+
+def teacher_of(method: Method, *, student: str | None = None) -> Teacher:
+    """Return the teacher of a method that is already made; rows may change its principle."""
+    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    name = method.name
+    if isinstance(method, Plain):
+        return make_teacher("principle", principle=method.principle, student=student)
+    return make_teacher(name, options, student=student)
+
+
+def _checkpoints(options: dict[str, Any]) -> tuple[LanguageModel, dict[str, Any]]:
+    """Load the tuned model; return it with the options of the contrast to the reference."""
+    tuned, ratio = options.pop("tuned", None), options.pop("ratio", 0.0)
+    if options:
+        known = suggestion(next(iter(options)), ("tuned", "ratio"))
+        raise ConfigError(f'Teacher "checkpoints" has no option `{next(iter(options))}`.{known}')
+    if tuned is None:
+        raise ConfigError('Teacher "checkpoints" needs `tuned`: the folder of a tuned model.')
+    check_number("ratio", ratio)
+    if not isinstance(tuned, LanguageModel):
+        base, adapter = _base_and_adapter(tuned)
+        tuned = load_model(base, adapter=adapter, packed_weights=False)
+    # z_t + ratio (z_t - z_S) is guidance 1 + ratio away from the branch without the tuning
+    return tuned, {"base": True, "guidance": 1 + ratio}
+
+
+def _base_and_adapter(tuned: str | Path) -> tuple[str | Path, str | Path | None]:
+    """Return a model's name and None, or for an adapter's folder its base and itself."""
+    config = Path(tuned) / "adapter_config.json"
+    if not config.is_file():
+        return tuned, None
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f'Adapter "{tuned}" does not name its base. Give a merged model.')
+    return base, tuned
+
+
+def policies(
+    teacher: Teacher,
+    reference: LanguageModel,
+    lessons: Sequence[Lesson],
+    completions: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    floor: float | None = None,
+    batch_rows: int = 8,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (row, teacher logits, reference logits), each (time, vocab) in float32.
+
+    The reference is the start of the model at the student's own prompt. Branches that are equal
+    run once; at most `batch_rows` rows share a forward. Wants `torch.no_grad`.
+
+    Args:
+        teacher: Who teaches.
+        reference: The model with its adapter off, or its frozen start.
+        lessons: From `Teacher.lesson`.
+        completions: Token ids of the student's answers.
+        temperature: Divides all logits before the method combines them.
+        floor: Share of the reference mixed into the teacher, in [0, 1); None is `DEFAULT_FLOOR`
+            where the method rules tokens out, and 0 elsewhere.
+        batch_rows: See above.
+    """
+    for part in _parts(teacher, lessons, batch_rows):
+        runs = {key: None for i in part for key in _keys(teacher, lessons[i], i)}
+        logits: dict[_Key, Tensor] = {}
+        for place in {key[0] for key in runs}:
+            keys = [key for key in runs if key[0] == place]
+            model = reference if place == "reference" or teacher.tuned is None else teacher.tuned
+            found = forced_logits(
+                model, [key[2] for key in keys], [completions[key[1]] for key in keys]
+            )
+            logits.update(zip(keys, found, strict=True))
+        for i in part:
+            keys = _keys(teacher, lessons[i], i)
+            z_s = _tempered(logits[keys[0]], temperature)
+            method = lessons[i].method
+            if method is None:
+                yield i, z_s, z_s
+                continue
+            z = torch.stack([logits[key].to(z_s.device) for key in keys[1:]], 1)
+            z_star = combined(method, _tempered(z, temperature))
+            masked = rules_out(cast(Hashable, method), z.shape[1])
+            share = floor if floor is not None else DEFAULT_FLOOR if masked else 0.0
+            if masked and share == 0:
+                raise ConfigError(
+                    f'`floor` is 0, but teacher "{teacher.name}" rules tokens out: its divergence '
+                    f"is infinite. Give a `floor` such as {DEFAULT_FLOOR}, or no mask."
+                )
+            yield i, floored(z_star, z_s, share) if share else z_star, z_s
+
+
+@torch.no_grad()
+def guided_answers(
+    teacher: Teacher,
+    reference: LanguageModel,
+    lessons: Sequence[Lesson],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Return an answer to each lesson as the teacher draws it, in one batch.
+
+    Lesson i is drawn with `seed` + i. A teacher of `checkpoints` draws with the tuned model alone.
+    """
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
+    model, prompts = teacher.tuned or reference, []
+    for i, lesson in enumerate(lessons):
+        method, branches = lesson.method or Plain(), lesson.branches
+        if teacher.tuned is not None:
+            method, branches = Plain(), branches[:1]
+        prompts.append(Prompt(branches, method, sampling, seed + i))
+    return [answer.token_ids for answer in Decoder(model).collect(prompts)]
+
+
+_Key = tuple[str, int, tuple[int, ...]]
+"""A row of a forward: which model, which completion, after which prompt."""
+
+
+def _keys(teacher: Teacher, lesson: Lesson, row: int) -> list[_Key]:
+    """Return the forward rows of a lesson: the reference's, then each branch's."""
+    base = lesson.method.base_branches if lesson.method is not None else ()
+    tuned = teacher.tuned is not None and lesson.method is not None
+    places = ["tuned" if tuned and k not in base else "reference" for k in _range(lesson)]
+    branches = zip(places, lesson.branches, strict=True)
+    return [
+        ("reference", row, tuple(lesson.prompt)),
+        *((place, row, tuple(ids)) for place, ids in branches),
+    ]
+
+
+def _range(lesson: Lesson) -> range:
+    return range(len(lesson.branches))
+
+
+def _parts(teacher: Teacher, lessons: Sequence[Lesson], batch_rows: int) -> Iterator[list[int]]:
+    """Cut the rows into parts of at most `batch_rows` forward rows, one lesson at least."""
+    part: list[int] = []
+    size = 0
+    for i, lesson in enumerate(lessons):
+        rows = len(set(_keys(teacher, lesson, i)))
+        if part and size + rows > batch_rows:
+            yield part
+            part, size = [], 0
+        part, size = [*part, i], size + rows
+    if part:
+        yield part
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+@functools.lru_cache(maxsize=1024)
+def rules_out(method: Hashable, branches: int) -> bool:
+    """Return whether a method gives some tokens no probability, seen on random peaked logits."""
+    assert isinstance(method, Method)
+    logits = 8 * torch.randn(4, branches, 128, generator=torch.Generator().manual_seed(0))
+    return bool(method.combine(logits).isneginf().any())
+
+
+@torch.no_grad()
+def teacher_effect(
+    teacher: Teacher,
+    reference: LanguageModel,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    temperature: float = 1.0,
+    floor: float | None = None,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+) -> float:
+    """Return how far the teacher is from what the student is at the start, in nats a token.
+
+    The mean of KL(teacher || reference) over tokens that the reference itself samples, on those
+    rows that have a teacher of their own; nan if none has. 0 means that there is nothing to learn.
+    """
+    taught = [row for row in rows if teacher.row_method(row) is not None]
+    if not taught:
+        return float("nan")
+    lessons = [teacher.lesson(reference, row) for row in taught]
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
+    requests = [Request(teacher.student_messages(r), seed=seed + i) for i, r in enumerate(taught)]
+    answers = [c.token_ids for c in generate(reference, requests, sampling=sampling)]
+    total, count = 0.0, 0
+    for _, z_star, z_s in policies(
+        teacher, reference, lessons, answers, temperature=temperature, floor=floor
+    ):
+        log_q, log_r = z_star.log_softmax(-1), z_s.log_softmax(-1)
+        # KL(q || r) = sum_v q_v (log q_v - log r_v)
+        total += float((log_q.exp() * (log_q - log_r)).sum())
+        count += len(log_q)
+    return total / count

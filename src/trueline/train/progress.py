@@ -1,0 +1,233 @@
+"""What a training run says of itself: a row of numbers a step, a bar, curves, a model card."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from trueline.records.training_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Progress(TrainerCallback):
+    """Writes a row for every log of the trainer, and shows a bar with the numbers that matter.
+
+    Args:
+        trainer: Whose run it is.
+        run: Where the rows go; none only shows them.
+        config: The run's settings as TOML.
+        shown: Name in the log -> short name on the bar.
+    """
+
+    def __init__(
+        self, trainer: Any, run: RunFolder | None, config: str, shown: Mapping[str, str]
+    ) -> None:
+        self.trainer, self.run, self.config, self.shown = trainer, run, config, shown
+        self.bar: Any = None
+        self.start = time.perf_counter()
+        self.first = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar; the folder is the run's from here on."""
+        from tqdm import tqdm
+
+        if self.run is not None:
+            self.run.start(self.config, {"effect": getattr(self.trainer, "effect", None)})
+        rows = self.run.rows() if self.run is not None else []
+        before = rows[-1]["seconds"] if rows else 0.0
+        self.start, self.first = time.perf_counter() - before, state.global_step
+        if state.is_world_process_zero:
+            every = 0.2 if sys.stderr.isatty() else 30.0
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step",
+                            mininterval=every, file=sys.stderr, dynamic_ncols=True)  # fmt: skip
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write the row; the trainer's own summary at the end is no step."""
+        row = {k: v for k, v in (logs or {}).items() if not k.startswith("train_")}
+        row.pop("total_flos", None)
+        if not row or not state.is_world_process_zero or "train_runtime" in (logs or {}):
+            return
+        if self.run is not None:
+            seconds = round(time.perf_counter() - self.start, 3)
+            self.run.append({"step": state.global_step, **row, "seconds": seconds})
+        if self.bar is not None:
+            named = {short: row[name] for name, short in self.shown.items() if name in row}
+            self.bar.set_postfix({k: brief(v) for k, v in named.items()}, refresh=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar and keep how long it took."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.run is not None:
+            seconds = round(time.perf_counter() - self.start, 3)
+            steps = state.global_step - self.first
+            self.run.note({"from_step": self.first, "steps": steps, "seconds": seconds})
+
+
+def attach(trainer: Any, run: RunFolder | None, config: str, shown: Mapping[str, str]) -> None:
+    """Replace the trainer's own bar and prints by ours; see `Progress`."""
+    from transformers import PrinterCallback
+    from transformers.trainer_callback import ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.callback_handler.callbacks.insert(0, Progress(trainer, run, config, shown))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what transformers, TRL and datasets print about themselves; errors stay."""
+    names = ("transformers", "trl", "accelerate", "datasets", "peft")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module=rf"{name}\b")
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Hold back transformers' own bars over the files that it writes."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def rank_note(rank: int) -> str:
+    """Return what vLLM has to be told to serve a LoRA of this rank."""
+    from trueline.train.adapters.export import VLLM_RANKS
+
+    fitting = next((r for r in VLLM_RANKS if r >= rank), None)
+    if fitting is None:
+        return f"vLLM serves ranks up to {VLLM_RANKS[-1]}, and this LoRA has {rank}: merge it."
+    return f"vLLM: --enable-lora --max-lora-rank {fitting} --lora-modules NAME=FOLDER"
+
+
+def brief(value: Any) -> str:
+    """Return a number in at most four digits: 0.0123, 12.3, 1234."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def draw_curves(
+    rows: Sequence[Mapping[str, Any]], panels: Mapping[str, str], title: str
+) -> Figure | None:
+    """Return a figure with a panel over steps for each name of `panels` that the rows have.
+
+    A panel's second line is the same name with `eval_` before it. None where no row has a number.
+    """
+    from trueline.records.plots import need_matplotlib
+
+    need_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from trueline.records.plots import BLUE, FAINT, ORANGE, STYLE
+
+    found = [n for n in panels if _series(rows, n)[0] or _series(rows, f"eval_{n}")[0]]
+    if not found:
+        return None
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.9 * columns, 2.7 * lines + 0.4), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
+        every = list(figure.subplots(lines, columns, squeeze=False).flat)
+        for axes, name in zip(every, found, strict=False):
+            for key, colour, marker in ((name, BLUE, ""), (f"eval_{name}", ORANGE, "o")):
+                steps, values = _series(rows, key)
+                only = "o" if len(steps) == 1 else marker
+                axes.plot(steps, values, color=colour, linewidth=1.6, marker=only, markersize=4)
+            axes.set_title(panels[name], fontsize=10, weight="normal")
+            axes.grid(axis="y", color=FAINT, linewidth=0.8)
+            axes.set_xlabel("step")
+            axes.tick_params(length=0)
+        for axes in every[len(found) :]:
+            axes.set_visible(False)
+    return figure
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of the rows that have a number under this name."""
+    pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def model_card(
+    *,
+    title: str,
+    summary: str,
+    front: Mapping[str, Any],
+    use: str,
+    recipe: Mapping[str, Any],
+    config: str,
+    results: Mapping[str, Any],
+    command: str,
+    notes: Sequence[str] = (),
+    tables: str = "",
+    curves: bool = True,
+) -> str:
+    """Return the README.md of trained weights.
+
+    Args:
+        title: Name of the model.
+        summary: What it is, in a sentence or two.
+        front: Metadata of the hub: base_model, library_name, tags ...
+        use: Python that loads it with no Trueline.
+        recipe: What it was made from and how: base and its hash, data, versions, seed.
+        config: The settings as TOML; empty where the command says all.
+        results: Numbers at the end.
+        command: What was typed.
+        notes: Sentences on use and limits.
+        tables: Markdown that follows the results.
+        curves: Whether curves.png is there.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("trueline", "assets"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template("card.md.jinja").render(
+        title=title, summary=summary, use=use, recipe=recipe, config=config, results=results,
+        command=command, notes=notes, tables=tables, curves=curves,
+        front=[f"{name}: {json.dumps(value)}" for name, value in front.items() if value],
+    )  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    """Return a value for a cell of a Markdown table."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return " ".join(text.split()).replace("|", "\\|")

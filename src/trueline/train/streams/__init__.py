@@ -1,1 +1,0 @@
-"""A stream of tasks: what tasks are, who learns them how, and the folder it is written to."""
