@@ -5,14 +5,15 @@ VENV ?= .venv
 EXTRAS := adapters,plots,device-map,train,lm-eval,inspect,dev
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKERS ?= auto
 
 .PHONY: demo test check format install clean
 
 demo: $(READY)  ## measure both methods on the bundled model; tables and a picture in demo/
 	$(BIN)/trueline demo --output demo
 
-test: $(READY)  ## the whole suite
-	$(BIN)/python -m pytest
+test: $(READY)  ## the whole suite, a worker a core (at most 8); the end says what was skipped
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 check: $(READY)  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import jaxtyping
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -118,5 +122,37 @@ def gpt2() -> LanguageModel:
 def shared() -> Path:
     """The folder of real data and models beside the checkout."""
     if not SHARED.is_dir():
-        pytest.skip("no ../shared folder with real data and models beside this checkout")
+        pytest.skip("real data and models: put them into ../shared, beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: the folder that `make(folder)` filled, once for all workers.
+
+    Tests read it; one that writes takes a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+    base.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, mark = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not mark.exists():
+                make(folder)
+                mark.touch()
+        return folder
+
+    return made
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say what did not run, why, and how to have it: a line a reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.write_sep("=", "skipped, and how to have it")
+    for reason, count in reasons.most_common():
+        how = " (`make install` installs it)" if reason.startswith("could not import") else ""
+        terminalreporter.write_line(f"{count:4}  {reason}{how}")

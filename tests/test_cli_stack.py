@@ -258,7 +258,7 @@ def test_a_preset_without_a_task_that_is_not_there(models, tmp_path):
 def test_real_tasks_on_a_real_small_model(shared, tmp_path):
     data, model = shared / "data/cl_benchmark", shared / "models/stories260K"
     if not data.is_dir() or not model.is_dir():
-        pytest.skip("no cl_benchmark or stories260K in ../shared")
+        pytest.skip("real tasks: put data/cl_benchmark and models/stories260K into ../shared")
     path = tmp_path / "stream.toml"
     path.write_text(f'data = "{data}"\norder = ["agnews", "SST-2", "CB"]\n[defaults]\nlimit = 8\n')
     assert train(path, model, tmp_path / "run") == 0

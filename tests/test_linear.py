@@ -14,7 +14,7 @@ from trueline.models import packed as linear
 from trueline.models.packed import can_pack, pack_weights
 
 pytestmark = pytest.mark.skipif(
-    not can_pack(torch.float32), reason="this build of torch has no oneDNN"
+    not can_pack(torch.float32), reason="packed weights: a build of torch with oneDNN"
 )
 
 
@@ -27,7 +27,7 @@ def pack_small(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_same_product_for_all_row_counts(pack_small, dtype, bias):
     if not can_pack(dtype):
-        pytest.skip("this processor has no bfloat16 instructions")
+        pytest.skip("packed bfloat16: a processor with bfloat16 instructions")
     torch.manual_seed(0)
     module = nn.Linear(48, 80, bias=bias, dtype=dtype)
     own = copy.deepcopy(module)

@@ -79,7 +79,7 @@ def test_an_adapter_changes_the_model(folder, tmp_path):
 )
 def test_bad_options(folder, options, error, fragment):
     if options.get("device") == "cuda" and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
+        pytest.skip("the message without CUDA: a machine without it")
     with pytest.raises(error, match=fragment):
         load_model(folder, **options)
 

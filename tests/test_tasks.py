@@ -262,7 +262,7 @@ def test_rows_without_an_agreed_label_are_left_out(tmp_path):
 def test_the_real_tasks_of_the_long_orders(shared):
     root = shared / "data" / "cl_benchmark"
     if not root.is_dir():
-        pytest.skip("no cl_benchmark in ../shared/data")
+        pytest.skip("real tasks: put data/cl_benchmark into ../shared")
     for order in ("order-4", "order-5", "order-6"):
         tasks = preset(order, root, leave_out=["yahoo"])
         assert len(tasks) == 14
