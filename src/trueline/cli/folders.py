@@ -46,33 +46,10 @@ def finish(args: argparse.Namespace, run: Run, results: dict[str, Any], draw: An
 
 def model_settings(args: argparse.Namespace, model: LanguageModel) -> dict[str, Any]:
     """Return what tells the model and the versions it runs under."""
-    from importlib import resources
+    from trueline.cli.options import model_config
+    from trueline.records.runs import versions
 
-    from trueline.models.load import BUNDLED
-    from trueline.records.runs import digest, folder_hash, model_hash, versions
-
-    folder: Any = Path(args.model).expanduser()
-    if args.model in BUNDLED:
-        folder = Path(str(resources.files("trueline"))) / "assets" / args.model
-    adapter = None
-    if args.adapter is not None:
-        own = Path(args.adapter).expanduser()
-        adapter = {"name": args.adapter, "hash": folder_hash(own) if own.is_dir() else None}
-    return {
-        "model": {
-            "name": args.model,
-            "revision": args.revision,
-            "hash": model_hash(model, folder),
-            "adapter": adapter,
-            "dtype": str(model.model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "quantize": args.quantize,
-            "raw": args.raw,
-            "packed_weights": not args.no_packed_weights,
-            "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None))),
-        },
-        "versions": versions(),
-    }
+    return {"model": model_config(args).identity(model), "versions": versions()}
 
 
 def run_folder(args: argparse.Namespace, kind: str, settings: Mapping[str, Any]) -> Path:

@@ -13,9 +13,7 @@ from trueline.types import Method, SamplingParams
 
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
-
-SMALL = 100_000_000
-"""Models with fewer parameters run fastest on one thread."""
+    from trueline.models.source import ModelConfig
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -36,32 +34,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--no-packed-weights", action="store_true", help="CPU: do not keep a faster weight copy")
 
 
+def model_config(args: argparse.Namespace) -> ModelConfig:
+    """Return the model that the options name."""
+    from trueline.models.source import ModelConfig
+
+    names = [
+        *("adapter", "device", "device_map", "dtype", "quantize", "chat_template", "raw"),
+        *("revision", "trust_remote_code", "threads"),
+    ]
+    given = {name: getattr(args, name) for name in names}
+    return ModelConfig(args.model, **given, packed_weights=not args.no_packed_weights)
+
+
 def load(args: argparse.Namespace) -> LanguageModel:
     """Load the model that the options name, and set the number of threads."""
-    import torch
-
-    from trueline.models.load import load_model
-
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"`threads` must be at least 1, got {args.threads}.")
-    model = load_model(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        device_map=args.device_map,
-        adapter=args.adapter,
-        quantize=args.quantize,
-        chat_template=args.chat_template,
-        raw=args.raw,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        packed_weights=False if args.no_packed_weights else None,
-    )
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    elif sum(p.numel() for p in model.model.parameters()) < SMALL:
-        torch.set_num_threads(1)
-    return model
+    return model_config(args).load()
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:

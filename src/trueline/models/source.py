@@ -1,0 +1,104 @@
+"""Source: which model a job works on, as settings, and what tells it from every other model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trueline.errors import ConfigError, check_number
+from trueline.models import load
+from trueline.models.load import BUNDLED, LanguageModel
+from trueline.records.runs import digest, folder_hash, model_hash
+
+SMALL = 100_000_000
+"""Models with fewer parameters run fastest on one thread."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model to load, and how.
+
+    >>> ModelConfig("Qwen/Qwen3-0.6B", dtype="bfloat16").load()
+    """
+
+    name: str = "tiny"
+    """A folder, a hub name, or "tiny", the bundled model."""
+    adapter: str | None = None
+    """Folder or hub name of a PEFT adapter."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:0, mps."""
+    device_map: str | None = None
+    """Spread over devices, e.g. "auto"; needs accelerate."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16, float16."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Needs bitsandbytes."""
+    chat_template: str | None = None
+    """Jinja file to use as the chat template."""
+    raw: bool = False
+    """Send prompts as they are, for base models."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    threads: int | None = None
+    """CPU threads; None is 1 for small models, else torch's choice."""
+    packed_weights: bool = True
+    """CPU: keep a second copy of the weights in a faster layout, where it is faster."""
+
+    def __post_init__(self) -> None:
+        for field in ("name", "adapter", "chat_template"):
+            value = getattr(self, field)
+            if isinstance(value, Path):
+                object.__setattr__(self, field, str(value))
+            elif not isinstance(value, str) and (value is not None or field == "name"):
+                raise ConfigError(f"`{field}` must be a path or a name, got {value!r}.")
+        if self.threads is not None:
+            check_number("threads", self.threads, low=1, whole=True)
+
+    def load(self) -> LanguageModel:
+        """Load the model and set the number of threads."""
+        model = load.load_model(
+            self.name,
+            dtype=self.dtype,
+            device=self.device,
+            device_map=self.device_map,
+            adapter=self.adapter,
+            quantize=self.quantize,
+            chat_template=self.chat_template,
+            raw=self.raw,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            packed_weights=None if self.packed_weights else False,
+        )
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        elif sum(p.numel() for p in model.model.parameters()) < SMALL:
+            torch.set_num_threads(1)
+        return model
+
+    def identity(self, model: LanguageModel) -> dict[str, Any]:
+        """Return what decides the model's answers: names, hashes of the bytes, dtype, device."""
+        folder = Path(self.name).expanduser()
+        if self.name in BUNDLED:
+            folder = Path(str(resources.files("trueline"))) / "assets" / self.name
+        adapter = None
+        if self.adapter is not None:
+            own = Path(self.adapter).expanduser()
+            adapter = {"name": self.adapter, "hash": folder_hash(own) if own.is_dir() else None}
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "hash": model_hash(model, folder),
+            "adapter": adapter,
+            "dtype": str(model.model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "quantize": self.quantize,
+            "raw": self.raw,
+            "packed_weights": self.packed_weights,
+            "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None))),
+        }
