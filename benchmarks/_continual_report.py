@@ -114,7 +114,7 @@ def by_task(of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     tasks = _tasks(of)
     lines = []
     for name, rows in of.items():
-        if STRATEGIES[name].weights == "apart" or STRATEGIES[name].joint:
+        if STRATEGIES[name][1] in ("apart", "joint"):
             continue
         pairs: dict[str, list[tuple[float, float]]] = {task: [] for task in tasks}
         for row in rows:
@@ -154,7 +154,7 @@ def draw(
     figure.savefig(folder / f"{protocol}.png", dpi=110)
     for name in of:
         first = [r for r in of[name] if r["order"] == TUNE_ORDERS[0]]
-        if first and STRATEGIES[name].weights != "apart" and not STRATEGIES[name].joint:
+        if first and STRATEGIES[name][1] not in ("apart", "joint"):
             figure = draw_matrix(
                 mean_matrix([matrix(r["R"]) for r in first]),
                 _order(first[0]),

@@ -1,4 +1,4 @@
-"""Ten strategies of continual learning on a stream of ten real tasks, with one pretrained encoder.
+"""Eleven strategies of continual learning on a stream of ten real tasks, with one pretrained encoder.
 
     python benchmarks/continual.py tune --protocol union       # settings, on validation rows alone
     python benchmarks/continual.py run --protocol union        # 3 orders x 3 seeds, on test rows
@@ -27,7 +27,7 @@ if not __package__:
 
 HERE = Path(__file__).resolve().parent
 MAIN = ("inc-lora", "o-lora", "drift", "seq-lora", "replay", "multi-task")
-OTHERS = ("per-task", "inf-lora", "ewc", "seq-ft")
+OTHERS = ("per-task", "inf-lora", "ella", "ewc", "seq-ft")
 
 
 def choices(protocol: str) -> dict[str, list[Any]]:
@@ -54,12 +54,19 @@ def choices(protocol: str) -> dict[str, list[Any]]:
         "offered": ((1e-3, 3.0), (1e-3, 30.0), (2e-3, 3.0), (2e-3, 10.0), (2e-3, 30.0),
                     (4e-3, 10.0), (4e-3, 30.0)),
     }  # fmt: skip
+    ella = {
+        "union": ((1e-3, 10.0), (1e-3, 100.0), (1e-3, 1000.0), (2e-3, 10.0), (2e-3, 100.0),
+                  (2e-3, 1000.0), (4e-3, 1000.0)),
+        "offered": ((1e-3, 1.0), (1e-3, 10.0), (1e-3, 100.0), (2e-3, 1.0), (2e-3, 10.0),
+                    (2e-3, 100.0), (4e-3, 100.0)),
+    }  # fmt: skip
     inf_lora = ((1e-3, 0.8, 0.9), (1e-3, 0.9, 0.95), (1e-3, 0.95, 1.0), (3e-3, 0.8, 0.9),
                 (3e-3, 0.9, 0.95), (3e-3, 0.95, 1.0), (5e-4, 0.9, 0.95))  # fmt: skip
     return {
         "inc-lora": rates(1e-4, 1.5e-4, 2e-4, 2.5e-4, 3e-4, 5e-4, 1e-3) if union else high,
         "o-lora": grid("lambda_1", *o_lora[protocol], normalize=False),
         "drift": grid("strength", *drift[protocol]),
+        "ella": grid("strength", *ella[protocol]),
         "seq-lora": rates(5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3) if union else high,
         "replay": rates(5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
         "multi-task": rates(7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3),

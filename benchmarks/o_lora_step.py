@@ -32,9 +32,12 @@ from benchmarks._report import table
 from trueline.methods.o_lora import norm, overlap
 from trueline.train.adapters.export import export
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
-from trueline.train.keep.penalty import prepare, regularisation
-from trueline.train.keep.regularisers import Drift, Norm, Overlap, Regulariser
+from trueline.train.keep.drift import Drift
+from trueline.train.keep.ella import Alignment
+from trueline.train.keep.o_lora import Norm, Overlap
+from trueline.train.keep.penalty import penalties, prepare
 from trueline.train.keep.second_moments import Moments
+from trueline.train.keep.terms import Term
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKED = (1, 2, 8, 16)
@@ -115,11 +118,12 @@ def random_adapter(args: argparse.Namespace, folder: Path, seed: int) -> Path:
 
 def training(args: argparse.Namespace, stack: AdapterStack) -> list[dict[str, Any]]:
     """Time a step of each contender, in turn."""
-    contenders: dict[str, tuple[AdapterStack, list[Regulariser]]] = {
+    contenders: dict[str, tuple[AdapterStack, list[Term]]] = {
         "plain LoRA": (AdapterStack(), []),
         f"{len(stack)} tasks, no penalty": (stack, []),
         "O-LoRA, released sums": (stack, [Overlap(0.5), Norm(0.1)]),
         "O-LoRA, normalised": (stack, [Overlap(0.5, normalize=True)]),
+        "ELLA": (stack, [Alignment(1.0)]),
         "drift, all directions": (stack, [Drift(1.0)]),
         "drift, 128 directions": (stack, [Drift(1.0, rank=128)]),
     }
@@ -151,7 +155,7 @@ def training(args: argparse.Namespace, stack: AdapterStack) -> list[dict[str, An
 
 
 def step(
-    args: argparse.Namespace, model: Any, stack: AdapterStack, terms: list[Regulariser]
+    args: argparse.Namespace, model: Any, stack: AdapterStack, terms: list[Term]
 ) -> Callable[[], tuple[float, float]]:
     """Return a function that takes a training step: (seconds, those of the penalty's forward)."""
     moments = {
@@ -168,7 +172,7 @@ def step(
         start = clock(args)
         loss = model(input_ids=ids, labels=ids).loss
         before = clock(args) if states else 0.0
-        for value in regularisation(states).values():
+        for value in penalties(states).values():
             loss = loss + value
         penalty = clock(args) - before if states else 0.0
         loss.backward()

@@ -22,11 +22,10 @@ from transformers import BertConfig, BertForSequenceClassification, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
 from trueline.continual.answers import answer_logprobs, decoder_logprobs, padded, text_loss
+from trueline.continual.ewc import Anchored, fisher
 from trueline.continual.families import CausalKind, ClassifierKind, Seq2SeqKind, kind_of
-from trueline.continual.fisher import fisher, moments_of
-from trueline.continual.memories import Anchored
 from trueline.continual.metrics import average_accuracy
-from trueline.continual.stages import Stage
+from trueline.continual.stages import TaskStage
 from trueline.continual.strategies import STRATEGIES, make_strategy
 from trueline.continual.stream import StreamConfig, run_stream
 from trueline.continual.tasks import Example, PromptForm, Task, TaskSettings, union_of_labels
@@ -228,23 +227,17 @@ def test_text_loss_is_the_mean_over_tokens_of_all_texts():
 # -- strategies
 
 
-def make_stage(index=1, rows=None, earlier=(), folders=(), seed=None):
+def make_stage(index=1, rows=None, folders=(), seed=None):
     kind = ClassifierKind(byte_tokenizer(), union_of_labels(TASKS), SHORT, places=6)
     rows = kind.encode(TASKS[0], TASKS[0].train) if rows is None else rows
     seed = 100 + index if seed is None else seed
-    return Stage(index, 3, rows, earlier, folders, kind, TaskSettings(), 4, seed)
 
+    def batches(model, count):
+        drawn = stage.draw(count)
+        return [kind.collate(drawn[i : i + 4]) for i in range(0, len(drawn), 4)]
 
-def test_replay_takes_places_of_new_rows_and_keeps_the_same_old_ones():
-    new, old = ([{"input_ids": [i]} for i in span] for span in (range(20), range(100, 120)))
-    replay = make_strategy("replay", buffer=3, share=0.4)
-    later = [replay.training_rows(make_stage(i, new, [old, old[:1]][:i])) for i in (1, 2)]
-    kept = [{row["input_ids"][0] for row in rows if row["input_ids"][0] >= 100} for rows in later]
-    assert [len(rows) for rows in later] == [20, 20]
-    assert sum(row["input_ids"][0] >= 100 for row in later[0]) == 8
-    assert len(kept[0]) == 3
-    assert kept[0] <= kept[1]
-    assert replay.training_rows(make_stage(0, new)) == new
+    stage = TaskStage(index, 3, folders, rows, batches, seed, kind)
+    return stage
 
 
 def attached(rank=2):
@@ -279,21 +272,21 @@ def test_fisher_is_the_mean_square_of_each_rows_gradient():
 
 def test_moments_of_a_classifier_draw_among_the_offered_labels():
     model, stage = attached(), make_stage()
-    own = moments_of(model, stage.kind, stage.rows, 4, seed=1, gradients=True)
+    own = stage.moments(model, 12, gradients=True)
     others = [dict(row, offered=[2, 3]) for row in stage.rows]
-    away = moments_of(model, stage.kind, others, 4, seed=1, gradients=True)
+    away = make_stage(rows=others).moments(model, 12, gradients=True)
     name = next(iter(own))
     torch.testing.assert_close(own[name].factor, away[name].factor)
     assert own[name].out is not None
     assert not torch.allclose(own[name].out.T @ own[name].out, away[name].out.T @ away[name].out)
-    only = moments_of(model, stage.kind, [dict(r, offered=[0]) for r in stage.rows], 4, seed=1,
-                      gradients=True)  # fmt: skip
+    one = [dict(row, offered=[0]) for row in stage.rows]
+    only = make_stage(rows=one).moments(model, 12, gradients=True)
     # With a single label there is nothing to learn from a draw.
     assert len(only[name].out) == 0 or float(only[name].out.abs().max()) < 1e-5
 
 
 def test_ewc_costs_what_the_sum_over_tasks_costs(tmp_path):
-    ewc, values, fishers = make_strategy("ewc", probe_rows=4), [], []
+    ewc, values, fishers = make_strategy("ewc", probe_rows=4).keep, [], []
     folders = [tmp_path / "a", tmp_path / "b"]
     for i, folder in enumerate(folders):
         folder.mkdir()
@@ -303,11 +296,11 @@ def test_ewc_costs_what_the_sum_over_tasks_costs(tmp_path):
         with torch.no_grad():
             a.add_(i)
         stage = make_stage(i, folders=folders[:i])
-        ewc.after(model, stage, folder)
+        ewc.end(model, stage, folder)
         values.append((a.detach().clone(), b.detach().clone()))
         found = fisher(model, stage.kind, stage.draw(4, key="probe"), stage.seed)
         fishers.append((found[a], found[b]))
-    (term,) = ewc.regularisers(make_stage(2, folders=folders))
+    (term,) = ewc.terms(make_stage(2, folders=folders))
     assert isinstance(term, Anchored)
     name = "bert.encoder.layer.0.attention.self.query"
 
@@ -325,22 +318,24 @@ def test_ewc_costs_what_the_sum_over_tasks_costs(tmp_path):
         )
 
     points = [(torch.randn(2, 32), torch.randn(32, 2)) for _ in range(3)]
-    ours = [float(term.term(*p, state)) for p in points]
+    ours = [float(term.value(*p, state)) for p in points]
     theirs = [naive(*p) for p in points]
     # Equal up to one constant.
     for i, j in itertools.combinations(range(3), 2):
         assert ours[i] - ours[j] == pytest.approx(theirs[i] - theirs[j], rel=1e-3, abs=1e-9)
-    assert ewc.regularisers(make_stage(0)) == []
+    assert ewc.terms(make_stage(0)) == []
 
 
-def test_a_tasks_own_strengths_go_first():
-    stage = replace(make_stage(), settings=TaskSettings(lambda_1=0.0, lambda_2=0.3))
-    (term,) = make_strategy("o-lora", lambda_1=0.5).regularisers(stage)
-    assert (term.name, term.strength) == ("norm", 0.3)
+def test_a_tasks_own_strengths_go_first(tmp_path):
+    own = [TASKS[0], replace(TASKS[1], settings=TaskSettings(lambda_1=0.0, lambda_2=0.3))]
+    run(tmp_path, make_strategy("o-lora", lambda_1=0.5), own, config=replace(CONFIG, epochs=1))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    terms = {(row["task"], key) for row in rows for key in row if key.startswith("penalty/")}
+    assert terms == {("size", "penalty/norm")}
 
 
 def test_strategies_are_named_and_their_options_checked():
-    assert {cls.name for cls in STRATEGIES.values()} == set(STRATEGIES)
+    assert {make_strategy(name).name for name in STRATEGIES} == set(STRATEGIES)
     with pytest.raises(ConfigError, match='Did you mean "o-lora"'):
         make_strategy("olora")
     with pytest.raises(ConfigError, match='Did you mean "lambda_1"'):
@@ -548,7 +543,8 @@ def contents(folder):
 
 def kill_when(path, where, strategy):
     """Run a stream in a process of its own and kill it as soon as `where` matches a path."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, __file__, str(path), strategy],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

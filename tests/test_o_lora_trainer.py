@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from trueline.methods.drift import drift, factor_of
 from trueline.methods.o_lora import norm, overlap
 from trueline.train.adapters.export import export
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
+from trueline.train.keep import KEEP, Stage, kept, make_keep
 from trueline.train.keep import penalty as penalties
-from trueline.train.keep.penalty import PenaltyMixin
-from trueline.train.keep.regularisers import Drift, Norm, Overlap
+from trueline.train.keep.drift import Drift
+from trueline.train.keep.o_lora import Norm, Overlap
 from trueline.train.keep.second_moments import (
     Moments,
     collect_moments,
@@ -30,9 +32,10 @@ from trueline.train.keep.second_moments import (
     load_moments,
     save_moments,
 )
-from trueline.train.keep.trainer import OLoraConfig, OLoraTrainer
+from trueline.train.keep.trainer import KeptTrainer
 
 KINDS = list(TARGETS)
+O_LORA = ("lambda_1", "lambda_2", "penalty", "normalize")
 
 
 @pytest.fixture(autouse=True)
@@ -72,10 +75,14 @@ def settings(folder, **options):
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
-        "lambda_1": 0.0,
-        "normalize": False,
     }
-    return OLoraConfig(str(folder), **(defaults | options))
+    return TrainingArguments(str(folder), **(defaults | options))
+
+
+def o_lora(lambda_1=0.0, lambda_2=0.0, **options):
+    return make_keep(
+        "o-lora", lambda_1=lambda_1, lambda_2=lambda_2, **{"normalize": False} | options
+    ).terms(None)
 
 
 def lora(kind, **options):
@@ -96,16 +103,17 @@ def first_task(kind, folder, **options):
     return save_adapter(model, folder)
 
 
-def trained(kind, folder, stack, regularisers=None, seed=2, lora_options=None, **options):
+def trained(kind, folder, stack, terms=None, seed=2, lora_options=None, **options):
     model = attached(kind, stack, seed, **(lora_options or {}))
+    own = {name: options.pop(name) for name in list(options) if name in O_LORA}
     args = settings(folder / "work", **options)
-    trainer = OLoraTrainer(
+    trainer = KeptTrainer(
         model,
         args,
         collate,
         train_dataset=rows(kind, seed),
         stack=stack,
-        regularisers=regularisers,
+        terms=o_lora(**own) if terms is None else terms,
     )
     trainer.train()
     return trainer
@@ -176,10 +184,11 @@ def test_evaluation_is_without_the_penalty(tmp_path):
     stack = AdapterStack.load([first_task("llama", tmp_path / "0")])
     model = attached("llama", stack, 2)
     data = rows("llama", 3)
-    trainer = OLoraTrainer(
+    trainer = KeptTrainer(
         model,
-        settings(tmp_path, lambda_1=5.0, eval_strategy="steps", eval_steps=1, max_steps=1),
+        settings(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=1),
         collate,
+        terms=o_lora(5.0),
         train_dataset=data,
         eval_dataset=data,
         stack=stack,
@@ -192,7 +201,7 @@ def test_evaluation_is_without_the_penalty(tmp_path):
     assert "penalty/overlap" not in evaluated
 
 
-def test_regularisers_see_scaling_moments_and_merged_weights(tmp_path):
+def test_terms_see_scaling_moments_and_merged_weights(tmp_path):
     class Spy(Drift):
         def prepare(self, target):
             seen.append(target)
@@ -206,9 +215,9 @@ def test_regularisers_see_scaling_moments_and_merged_weights(tmp_path):
         model, [collate(rows("gpt2", 1))], stack.modules, generator=torch.Generator()
     )
     save_moments(found, folder)
-    trainer = OLoraTrainer(
+    trainer = KeptTrainer(
         model, settings(tmp_path), collate, train_dataset=rows("gpt2", 2), stack=stack,
-        regularisers=[Spy(2.0)],
+        terms=[Spy(2.0)],
     )  # fmt: skip
     trainer.train()
     assert [t.name for t in seen] == list(adapter_layers(model))
@@ -221,7 +230,7 @@ def test_regularisers_see_scaling_moments_and_merged_weights(tmp_path):
         change = t.scaling * (t.b @ t.a).detach()
         inputs = found[t.name].factor
         total += float((change @ inputs.T).square().sum() / (weight @ inputs.T).square().sum())
-    value = trainer.regularisation().item()
+    value = trainer.penalty().item()
     assert value > 0
     assert value == pytest.approx(2.0 * total / len(seen), rel=1e-4)
 
@@ -236,7 +245,7 @@ def test_curvature_estimates_the_rise_of_the_loss(tmp_path):
     moments = Moments(factor_of(x.T @ x / 200), factor_of(fisher))
     target = type("T", (), {"name": "m", "moments": (moments,), "scaling": 2.0})()
     term = Drift(1.0, curvature=True)
-    found = term.term(a, b, term.prepare(target)).item()
+    found = term.value(a, b, term.prepare(target)).item()
 
     def loss(change):
         z = p.log() + (change @ x[0])[None]
@@ -244,6 +253,10 @@ def test_curvature_estimates_the_rise_of_the_loss(tmp_path):
 
     rise = loss(2.0 * b @ a) - loss(torch.zeros(3, 4))
     assert found == pytest.approx(rise, rel=0.1)
+    # Of several tasks it is the mean rise, whatever their number.
+    other = Moments(3.0 * moments.factor, moments.out)  # nine times the second moment
+    target.moments = (moments, other)
+    assert term.value(a, b, term.prepare(target)).item() == pytest.approx(5 * found, rel=1e-4)
 
 
 # -- guards
@@ -252,7 +265,7 @@ def test_curvature_estimates_the_rise_of_the_loss(tmp_path):
 def test_only_the_new_adapter_may_be_trained(tmp_path):
     model = attached("llama", AdapterStack(), 1)
     model.base_model.model.lm_head.weight.requires_grad_()
-    trainer = OLoraTrainer(model, settings(tmp_path), collate, train_dataset=rows("llama", 1))
+    trainer = KeptTrainer(model, settings(tmp_path), collate, train_dataset=rows("llama", 1))
     with pytest.raises(ModelError, match=r'lm_head.weight" would be trained \(1 parameters'):
         trainer.train()
     model = attached("llama", AdapterStack(), 1)
@@ -279,7 +292,7 @@ def test_the_stack_must_be_the_one_in_the_model(tmp_path):
         penalties.check_stack(model, stack)
     with pytest.raises(ModelError, match="has 1 adapters merged"):
         penalties.check_stack(attached("llama", stack, 2), AdapterStack())
-    wrong = OLoraTrainer(
+    wrong = KeptTrainer(
         model, settings(tmp_path), collate, train_dataset=rows("llama", 1), stack=stack
     )
     with pytest.raises(ModelError, match="has 0 adapters merged into it"):
@@ -312,7 +325,7 @@ def test_changed_files_of_earlier_adapters_are_seen(tmp_path):
     folder = first_task("llama", tmp_path / "0")
     stack = AdapterStack.load([folder])
 
-    class Vandal(OLoraTrainer):
+    class Vandal(KeptTrainer):
         def compute_loss(self, *args, **kwargs):
             path = folder / "adapter_model.safetensors"
             path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -328,19 +341,26 @@ def test_changed_files_of_earlier_adapters_are_seen(tmp_path):
 
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match="`lambda_1` must be a finite number of at least 0"):
-        OLoraConfig("x", lambda_1=-1.0, use_cpu=True)
+        make_keep("o-lora", lambda_1=-1.0)
     with pytest.raises(ConfigError, match='Unknown penalty "square"'):
-        OLoraConfig("x", penalty="square", use_cpu=True)
-    assert OLoraConfig("x", lambda_1=0.0, use_cpu=True).regularisers() == []
-    found = OLoraConfig("x", lambda_1=2.0, lambda_2=0.1, penalty="squared", use_cpu=True)
-    assert found.regularisers() == [Overlap(2.0, "squared", True), Norm(0.1, True)]
+        make_keep("o-lora", penalty="square")
+    assert o_lora(0.0) == []
+    found = o_lora(2.0, 0.1, penalty="squared", normalize=True)
+    assert found == [Overlap(2.0, "squared", True), Norm(0.1, True)]
+    for name, way in KEEP.items():
+        assert way.name == name
+        assert make_keep(name).terms(None) == make_keep(name, **asdict(way())).terms(None)
+    with pytest.raises(ConfigError, match='Did you mean "inf-lora"'):
+        make_keep("inflora")
+    with pytest.raises(ConfigError, match='"drift" has no option "strenght"'):
+        make_keep("drift", strenght=1)
 
 
 def test_default_collators():
     tokenizer = byte_tokenizer()
     for kind, expected in (("bert", DataCollatorWithPadding), ("t5", DataCollatorForSeq2Seq)):
         model = attached(kind, AdapterStack(), 1)
-        trainer = OLoraTrainer(model, settings("unused"), processing_class=tokenizer)
+        trainer = KeptTrainer(model, settings("unused"), processing_class=tokenizer)
         assert type(trainer.data_collator) is expected
 
 
@@ -372,12 +392,13 @@ def test_two_tasks_train_stack_export_and_reload(kind, tmp_path):
 
 def test_a_resumed_task_ends_the_same(tmp_path):
     stack = AdapterStack.load([first_task("llama", tmp_path / "0")])
-    options = {"lambda_1": 0.5, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
     def trainer(folder):
         model = attached("llama", stack, 2)
         args = settings(folder, **options)
-        return OLoraTrainer(model, args, collate, train_dataset=rows("llama", 2), stack=stack)
+        data = rows("llama", 2)
+        return KeptTrainer(model, args, collate, train_dataset=data, stack=stack, terms=o_lora(0.5))
 
     whole, resumed = trainer(tmp_path / "a"), trainer(tmp_path / "b")
     whole.train()
@@ -389,9 +410,6 @@ def test_a_resumed_task_ends_the_same(tmp_path):
 def test_the_mixin_composes_with_sft(tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-
-    class OLoraSFTTrainer(PenaltyMixin, SFTTrainer):
-        pass
 
     stack = AdapterStack.load([first_task("llama", tmp_path / "0")])
     data = Dataset.from_list([{"input_ids": r["input_ids"]} for r in rows("llama", 2)])
@@ -415,13 +433,13 @@ def test_the_mixin_composes_with_sft(tmp_path):
             activation_checkpointing=False,
             disable_tqdm=True,
         )
-        trainer = OLoraSFTTrainer(
+        trainer = kept(SFTTrainer)(
             model,
             args,
             train_dataset=data,
             processing_class=byte_tokenizer(),
             stack=stack,
-            regularisers=[Overlap(0.5)],
+            terms=[Overlap(0.5)],
         )
         trainer.train()
         ends.append(weights(trainer))
@@ -474,13 +492,13 @@ def test_one_step_of_any_trainer_has_the_penalty_once(name, steps, tmp_path):
         disable_tqdm=True,
         **options,
     )
-    trainer = type("Composed", (PenaltyMixin, cls), {})(
+    trainer = kept(cls)(
         model,
         args=args,
         train_dataset=Dataset.from_list(data),
         processing_class=byte_tokenizer(),
         stack=stack,
-        regularisers=[Overlap(1e4)],
+        terms=[Overlap(1e4)],
     )
     trainer.train()
     for n, layer in layers.items():
@@ -499,10 +517,10 @@ def test_the_trainers_in_the_docs_run(name, tmp_path, monkeypatch):
     first_task("llama", tmp_path / "first", target_modules=["q_proj", "v_proj"])
     before = AdapterStack.load(["first"]).file_hashes()
     docs = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"```python\n([^`]*PenaltyMixin.*?)```", docs, re.DOTALL)
+    [code] = re.findall(r"```python\n([^`]*import kept.*?)```", docs, re.DOTALL)
     rows, config = [{"text": "some words"}] * 4, SFTConfig
     if name == "dpo":
-        code = code.replace("trainer = OLoraSFTTrainer", "trainer = OLoraDPOTrainer")
+        code = code.replace("SFTTrainer", "DPOTrainer")
         rows = [{"prompt": "Say", "chosen": " yes", "rejected": " no"}] * 4
         config = DPOConfig
     args = config(
@@ -515,6 +533,106 @@ def test_the_trainers_in_the_docs_run(name, tmp_path, monkeypatch):
     stack = AdapterStack.load(["first", "second"])
     assert stack.file_hashes()[:1] == before
     assert stack.past_rank("model.layers.0.self_attn.q_proj") == 4 + 8
+
+
+# -- ways to keep
+
+
+def stage_of(kind, folders, seed, index=None):
+    data = rows(kind, seed)
+    index = len(folders) if index is None else index
+    return Stage(index, 3, folders, data, lambda model, n: [collate(data[:n])], seed)
+
+
+@pytest.mark.parametrize("name", [n for n in KEEP if n != "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_trains_two_stages_from_files_alone(kind, name, tmp_path):
+    """What a way needs is in the folders; the second stage is held, and only where it says so."""
+    keep, folders = make_keep(name), []
+    for task in range(2):
+        stage = stage_of(kind, list(folders), task + 1)
+        stack = AdapterStack.load(stage.folders)
+        model = attached(kind, stack, task + 1)
+        keep.begin(model, stage)
+        trainer = KeptTrainer(
+            model, settings(tmp_path / "work"), collate, train_dataset=keep.rows(stage),
+            stack=stack, terms=keep.terms(stage),
+        )  # fmt: skip
+        trainer.train()
+        logs = [x for x in trainer.state.log_history if "loss" in x]
+        held = [value for key, value in logs[-1].items() if key.startswith("penalty/")]
+        assert bool(held) == (task == 1 and name not in ("inf-lora", "replay"))
+        assert all(value > 0 for value in held)
+        folders.append(save_adapter(trainer.model, tmp_path / str(task)))
+        keep.end(trainer.model, stage, folders[-1])
+        before = {p.name: p.read_bytes() for p in folders[-1].iterdir()}
+        keep.end(trainer.model, stage, folders[-1])
+        assert {p.name: p.read_bytes() for p in folders[-1].iterdir()} == before
+
+
+def test_replay_takes_places_of_new_rows_and_keeps_the_same_old_ones(tmp_path):
+    new, old = ([{"input_ids": [i]} for i in span] for span in (range(20), range(100, 120)))
+    replay, folders = make_keep("replay", buffer=3, share=0.4), [tmp_path / "0", tmp_path / "1"]
+
+    def stage(index, data):
+        return Stage(index, 3, folders[:index], data, lambda model, n: [], 100 + index)
+
+    assert replay.rows(stage(0, new)) == new
+    for index, data in enumerate((old, old[:1])):
+        folders[index].mkdir()
+        replay.end(None, stage(index, data), folders[index])
+    later = [replay.rows(stage(i, new)) for i in (1, 2)]
+    seen = [{row["input_ids"][0] for row in rows if row["input_ids"][0] >= 100} for rows in later]
+    assert [len(rows) for rows in later] == [20, 20]
+    assert sum(row["input_ids"][0] >= 100 for row in later[0]) == 8
+    assert len(seen[0]) == 3
+    assert seen[0] <= seen[1]
+    (folders[0] / "replay.jsonl").unlink()
+    with pytest.raises(DataError, match="Replay needs rows of every earlier stage"):
+        replay.rows(stage(2, new))
+
+
+def test_inf_lora_needs_the_basis_of_every_earlier_stage(tmp_path):
+    folder = first_task("llama", tmp_path / "0")
+    stage = stage_of("llama", [folder], 2)
+    model = attached("llama", AdapterStack.load([folder]), 2)
+    with pytest.raises(DataError, match="InfLoRA needs it of every earlier adapter"):
+        make_keep("inf-lora").begin(model, stage)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ella_is_the_elementwise_product_with_what_was_changed(normalize, tmp_path):
+    """Against W_now - W_0 of the merged layout, entry by entry."""
+    folders = [first_task("gpt2", tmp_path / "0")]
+    second = attached("gpt2", AdapterStack.load(folders), 2, r=2)
+    for layer in adapter_layers(second).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    folders.append(save_adapter(second, tmp_path / "1"))
+    stack = AdapterStack.load(folders)
+    model = attached("gpt2", stack, 3)
+    for layer in adapter_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    terms = make_keep("ella", strength=3.0, normalize=normalize).terms(None)
+    states = penalties.prepare(model, stack, terms)
+    (value,) = penalties.penalties(states).values()
+    base, now, found = make("gpt2"), stack.merge(make("gpt2")), []
+    for name, layer in adapter_layers(model).items():
+        a, b = (getattr(layer, f"lora_{x}")["default"].weight for x in "AB")
+        change = (layer.scaling["default"] * b @ a).T  # Conv1D
+        w_0, w_now = (m.get_submodule(name).weight.detach() for m in (base, now))
+        past = (w_now - w_0).square()
+        if normalize:
+            past = past / past.mean() / w_now.square().sum()
+        found.append((change.square() * past).sum())
+    total = 3.0 * (sum(found) / len(found) if normalize else sum(found))
+    assert total > 0
+    torch.testing.assert_close(value, total, rtol=1e-3, atol=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(x, trained) for x in (value, total))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=1e-3, atol=1e-4 * float(other.detach().abs().max())
+        )
 
 
 # -- moments
@@ -651,6 +769,7 @@ def test_moments_of_nothing_are_refused():
 
 DISTRIBUTED = """
 import sys
+from dataclasses import asdict
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
@@ -687,7 +806,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_stock_trainer_needs_the_correction():
-    """Why `OLoraTrainer` sets `model_accepts_loss_kwargs`: if this fails, it can be left out."""
+    """Why `KeptTrainer` sets `model_accepts_loss_kwargs`: if this fails, it can be left out."""
     trainer = Trainer(make("t5"), TrainingArguments("unused", use_cpu=True, report_to="none"))
     assert trainer.model_accepts_loss_kwargs
     batch = collate(rows("t5", 1))

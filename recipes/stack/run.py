@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 if not __package__:
@@ -40,14 +40,15 @@ from trueline import LanguageModel, Plain, Request, SamplingParams, generate, lo
 from trueline.continual.metrics import summary
 from trueline.train.adapters.export import export
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
-from trueline.train.keep.regularisers import Drift, Overlap
+from trueline.train.keep.drift import Drift
+from trueline.train.keep.o_lora import Overlap
 from trueline.train.keep.second_moments import (
     Moments,
     collect_moments,
     load_moments,
     save_moments,
 )
-from trueline.train.keep.trainer import OLoraConfig, OLoraTrainer
+from trueline.train.keep.trainer import KeptTrainer
 
 HERE = Path(__file__).parent
 STRATEGIES = (
@@ -161,9 +162,9 @@ class Learner:
             half = len(rows) // 2
             mixed = rows[: len(rows) - half] + [self.rng.choice(self.memory) for _ in range(half)]
         collator = DataCollatorForSeq2Seq(self.lm.tokenizer)
-        trainer = OLoraTrainer(
+        trainer = KeptTrainer(
             self.model,
-            OLoraConfig(
+            TrainingArguments(
                 str(self.work / "trainer"),
                 per_device_train_batch_size=cfg["batch"],
                 num_train_epochs=1,
@@ -180,7 +181,7 @@ class Learner:
             collator,
             train_dataset=mixed,
             stack=stack,
-            regularisers=terms,
+            terms=terms,
             moments=self.past(),
         )
         trainer.remove_callback(PrinterCallback)

@@ -111,14 +111,15 @@ def run(args: argparse.Namespace) -> None:
     name = str(found.get("strategy", StreamJob.strategy))
     if name not in STRATEGIES:
         raise ConfigError(f'Unknown strategy "{name}".{suggestion(name, STRATEGIES)}')
-    classes = [StreamJob, StreamConfig, STRATEGIES[name]]
+    way = STRATEGIES[name][0]
+    classes = [StreamJob, StreamConfig, way]
     if args.list_settings:
         for setting, default, text in explain(classes):
             print(f"{setting} = {default}\n    {text}")
         return
     values = merge(*(check(given, classes, source) for given, source in layers))
     job, config = build(StreamJob, values), build(StreamConfig, values)
-    options = {k: v for k, v in values.items() if k in STRATEGIES[name].__dataclass_fields__}
+    options = {k: v for k, v in values.items() if k in way.__dataclass_fields__}
     strategy = make_strategy(name, **options)
     set_threads(job)
     folder = Path(args.output)

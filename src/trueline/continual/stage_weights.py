@@ -172,8 +172,7 @@ class StageWeights:
         stack = AdapterStack()
         if self.strategy.weights == "stack":
             stack = AdapterStack.load(self.saved[:index])
-        start = self.strategy.orthogonal_start
-        model = stack.attach(model, self._lora(index, model), orthogonal_start=start)
+        model = stack.attach(model, self._lora(index, model))
         if not self.config.train_head:
             for name, p in model.named_parameters():
                 if ".modules_to_save." in name:

@@ -27,12 +27,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
+from trueline.continual.answers import by_length
 from trueline.continual.config import StreamConfig
 from trueline.continual.families import Row, kind_of
 from trueline.continual.folder import (
@@ -46,7 +47,7 @@ from trueline.continual.folder import (
 from trueline.continual.metrics import summary, trained
 from trueline.continual.scores import Scorer, matrices
 from trueline.continual.stage_weights import Factory, Fresh, StageWeights, model_factory
-from trueline.continual.stages import Stage, Strategy
+from trueline.continual.stages import Strategy, TaskStage
 from trueline.continual.strategies import make_strategy
 from trueline.continual.tasks import (
     Example,
@@ -64,6 +65,7 @@ from trueline.continual.trainers import (
 from trueline.errors import ConfigError, DataError
 from trueline.records.runs import plain
 from trueline.records.training_folder import last_checkpoint
+from trueline.train.keep import Keep
 from trueline.train.progress import no_bars, quiet
 
 __all__ = ["StreamConfig", "StreamResult", "model_factory", "run_stream"]
@@ -159,7 +161,7 @@ class _Runner:
         if config.scoring == "generated" and self.kind.name == "classifier":
             raise ConfigError('A classifier writes nothing: `scoring` is "offered" or "union".')
         n = range(len(tasks))
-        self.stages = [list(n)] if strategy.joint else [[j] for j in n]
+        self.stages = [list(n)] if strategy.weights == "joint" else [[j] for j in n]
         self.settings = self._settings(prompt, texts)
         count = range(len(self.stages))
         name = "weights.pt" if strategy.weights == "all" else "adapter"
@@ -177,7 +179,7 @@ class _Runner:
     def _settings(self, prompt: PromptForm, texts: tuple[str, ...]) -> dict[str, Any]:
         """Return all that decides the result, as JSON."""
         found = {
-            "strategy": {"name": self.strategy.name, **asdict(self.strategy)},
+            "strategy": {"name": self.strategy.name, **asdict(self.strategy.keep)},
             "config": asdict(self.config),
             "prompt": asdict(prompt),
             "tasks": [
@@ -222,7 +224,7 @@ class _Runner:
             model = self._train_stage(index, stage, bar)
             trained_s = time.perf_counter() - started
         model.eval()
-        self.strategy.after(model, stage, self.weights.saved[index])
+        self._keep(index).end(model, stage, self.weights.saved[index])
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
         bar.set_description(f"{self._name(index)}: measuring")
         done = self._measure(model, index, scores)
@@ -234,17 +236,20 @@ class _Runner:
         self.weights.drop(index - 1)
         return done
 
-    def _train_stage(self, index: int, stage: Stage, bar: Any) -> Any:
+    def _train_stage(self, index: int, stage: TaskStage, bar: Any) -> Any:
         """Return the trained model, saved."""
         set_seed(stage.seed)
         model, stack = self.weights.start(index)
         work = self._stage_folder(index) / "checkpoints"
         checkpoint = last_checkpoint(work, remove=True) if work.exists() else None
-        self.strategy.before(model, stage)
-        rows = self.strategy.training_rows(stage)
+        keep = self._keep(index)
+        keep.begin(model, stage)
+        rows = keep.rows(stage)
         steps, on_cpu = self._steps(index), self.fresh.device.type == "cpu"
-        arguments = training_arguments(self.config, stage, steps, work, on_cpu=on_cpu)
-        trainer = make_trainer(model, stack, self.strategy, stage, rows, arguments)
+        arguments = training_arguments(
+            self.config, self._task_settings(index), stage.seed, steps, work, on_cpu=on_cpu
+        )
+        trainer = make_trainer(model, stack, self.strategy, keep, stage, rows, arguments)
         log = Log(self.folder / "log.jsonl", index, self._name(index), bar, checkpoint)
         trainer.add_callback(log)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -253,16 +258,25 @@ class _Runner:
 
     # -- rows
 
-    def _view(self, index: int) -> Stage:
-        """Return what the strategy may see of a stage."""
+    def _view(self, index: int) -> TaskStage:
+        """Return what the way to keep may see of a stage."""
         own = [row for j in self.stages[index] for row in self._train_rows(j)]
-        replays = self.strategy.name == "replay"
-        earlier = [self._train_rows(self.stages[i][0]) for i in range(index if replays else 0)]
+        seed, kind, size = self._seed(index), self.kind, self.config.batch_size
+
+        def batches(model: Any, count: int) -> Iterator[dict[str, Any]]:
+            rows = stage.draw(count, key="probe")
+            for part in by_length([row["input_ids"] for row in rows], size):
+                yield kind.collate([rows[i] for i in part])
+
         folders = self.weights.saved[:index]
-        return Stage(
-            index, len(self.stages), own, earlier, folders, self.kind, self._task_settings(index),
-            self.config.batch_size, self._seed(index),
-        )  # fmt: skip
+        stage = TaskStage(index, len(self.stages), folders, own, batches, seed, kind)
+        return stage
+
+    def _keep(self, index: int) -> Keep:
+        """Return the way to keep, with a task's own strengths."""
+        keep, own = self.strategy.keep, self._task_settings(index)
+        given = {f.name: getattr(own, f.name, None) for f in fields(keep)}
+        return replace(keep, **{name: v for name, v in given.items() if v is not None})
 
     def _train_rows(self, j: int) -> list[Row]:
         if j not in self._train:
@@ -333,7 +347,7 @@ class _Runner:
         if done < len(self.stages):
             part, before = trained(part), before[:done]
         folders = self.weights.saved[:done]
-        kept = {"stack": folders, "one": folders[-1:], "all": [], "apart": []}
+        kept = {"stack": folders, "one": folders[-1:], "joint": folders, "all": [], "apart": []}
         return StreamResult(
             tuple(task.name for task in self.tasks),
             self.strategy.name,

@@ -13,9 +13,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from trueline.continual.config import StreamConfig
 from trueline.continual.families import Kind, Row
-from trueline.continual.stages import Stage, Strategy
+from trueline.continual.stages import Strategy, TaskStage
+from trueline.continual.tasks import TaskSettings
 from trueline.train.adapters.stack import AdapterStack
-from trueline.train.keep.trainer import OLoraConfig, OLoraTrainer
+from trueline.train.keep import Keep
+from trueline.train.keep.trainer import KeptTrainer
 
 
 class TaskTrainer(Trainer):
@@ -39,7 +41,7 @@ class TaskTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class AdapterTrainer(OLoraTrainer, TaskTrainer):
+class AdapterTrainer(KeptTrainer, TaskTrainer):
     """The same for one adapter, with the strategy's terms."""
 
 
@@ -47,7 +49,8 @@ def make_trainer(
     model: Any,
     stack: AdapterStack,
     strategy: Strategy,
-    stage: Stage,
+    keep: Keep,
+    stage: TaskStage,
     rows: Sequence[Row],
     arguments: dict[str, Any],
 ) -> Any:
@@ -58,9 +61,9 @@ def make_trainer(
     else:
         trainer = AdapterTrainer(
             model,
-            OLoraConfig(**arguments),
+            TrainingArguments(**arguments),
             stack=stack,
-            regularisers=strategy.regularisers(stage),
+            terms=keep.terms(stage),
             **common,
         )
     trainer.kind = stage.kind
@@ -72,7 +75,7 @@ def make_trainer(
 
 
 def training_arguments(
-    config: StreamConfig, stage: Stage, steps: int, work: Path, *, on_cpu: bool
+    config: StreamConfig, settings: TaskSettings, seed: int, steps: int, work: Path, *, on_cpu: bool
 ) -> dict[str, Any]:
     """Return transformers' arguments for so many optimiser steps; checkpoints go to `work`."""
     logging_steps = min(config.logging_steps, steps)
@@ -81,7 +84,7 @@ def training_arguments(
         "max_steps": steps,
         "per_device_train_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation,
-        "learning_rate": stage.settings.learning_rate or config.learning_rate,
+        "learning_rate": settings.learning_rate or config.learning_rate,
         "lr_scheduler_type": config.scheduler,
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
@@ -89,7 +92,7 @@ def training_arguments(
         "bf16": config.bf16,
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
-        "seed": stage.seed,
+        "seed": seed,
         "save_strategy": "steps",
         # A logged mean goes over the steps since the last row: none is cut by a checkpoint.
         "save_steps": -(-config.save_steps // logging_steps) * logging_steps,

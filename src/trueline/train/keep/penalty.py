@@ -1,7 +1,6 @@
 """The penalty of a new adapter as a mixin for any trainer of the Trainer family, with its guards.
 
-    class OLoraSFTTrainer(PenaltyMixin, SFTTrainer): ...
-    trainer = OLoraSFTTrainer(model, stack=stack, regularisers=[Overlap(0.5)], ...)
+    trainer = kept(SFTTrainer)(model, stack=stack, terms=[Overlap(0.5)], ...)
 
 Before training it checks that exactly the new adapter is trained and that the terms see the
 earlier ones; afterwards that the files of the earlier ones are what they were.
@@ -15,21 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trueline.errors import ModelError
-from trueline.methods.o_lora import row_basis, share
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, linear_weight
-from trueline.train.keep.regularisers import Regulariser, Target
 from trueline.train.keep.second_moments import Moments, load_moments
+from trueline.train.keep.terms import Target, Term
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 class PenaltyMixin:
-    """Adds regularisers of the new adapter to the loss of the trainer that follows.
+    """Adds terms on the new adapter to the loss of the trainer that follows.
 
     Args:
         stack: The earlier adapters, as merged into the model; empty for the first task.
-        regularisers: The terms; none trains the new adapter freely.
+        terms: What holds it back; none trains the new adapter freely.
         moments: Of earlier tasks by module, for terms that need them; by default read from the
             adapters' folders.
 
@@ -39,19 +37,19 @@ class PenaltyMixin:
     """
 
     stack: AdapterStack
-    regularisers: list[Regulariser]
+    terms: list[Term]
 
     def __init__(
         self,
         *args: Any,
         stack: AdapterStack | None = None,
-        regularisers: Sequence[Regulariser] = (),
+        terms: Sequence[Term] = (),
         moments: Mapping[str, Sequence[Moments]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.stack = AdapterStack() if stack is None else stack
-        self.regularisers = list(regularisers)
+        self.terms = list(terms)
         self._penalty_moments = moments
         self._penalty_states: States = []
         self._penalty_sums: dict[str, list[Tensor]] = {}
@@ -61,7 +59,7 @@ class PenaltyMixin:
         model = _unwrapped(self)
         check_trainable(model)
         check_stack(model, self.stack)
-        self._penalty_states = prepare(model, self.stack, self.regularisers, self._penalty_moments)
+        self._penalty_states = prepare(model, self.stack, self.terms, self._penalty_moments)
         before = self.stack.file_hashes()
         result = super().train(*args, **kwargs)  # type: ignore[misc]
         if self.stack.file_hashes() != before:
@@ -81,7 +79,7 @@ class PenaltyMixin:
         )
         if not model.training or not self._penalty_states:
             return result
-        penalty = self.regularisation()
+        penalty = self.penalty()
         # Undo what the trainer will not do: it divides a loss by the accumulation steps only if
         # that loss is a mean over the micro-batch.
         scaled = self.loss_is_scaled_for_ga
@@ -95,9 +93,9 @@ class PenaltyMixin:
             return result[0] + penalty, result[1]
         return result + penalty
 
-    def regularisation(self) -> Tensor:
+    def penalty(self) -> Tensor:
         """Return the sum of all terms, each with its strength."""
-        terms = regularisation(self._penalty_states)
+        terms = penalties(self._penalty_states)
         for name, value in terms.items():
             self._penalty_sums.setdefault(name, []).append(value.detach())
         return torch.stack(list(terms.values())).sum()
@@ -112,19 +110,22 @@ class PenaltyMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-States = list[tuple["Regulariser", list[tuple[Any, Any]]]]
+def kept(trainer: type) -> Any:
+    """Return the trainer class with `PenaltyMixin` before it."""
+    return type(f"Kept{trainer.__name__}", (PenaltyMixin, trainer), {})
+
+
+States = list[tuple[Term, list[tuple[Any, Any]]]]
 """For each term the layers that it speaks of, each with what `prepare` made of it."""
 
 
-def regularisation(states: States) -> dict[str, Tensor]:
+def penalties(states: States) -> dict[str, Tensor]:
     """Return each term by its name, over all its modules and times its strength."""
     found: dict[str, Tensor] = {}
-    for regulariser, modules in states:
-        terms = [regulariser.term(*_matrices(layer), state) for layer, state in modules]
-        value = torch.stack(terms)
-        value = regulariser.strength * (value.mean() if regulariser.mean else value.sum())
-        name = regulariser.name
-        found[name] = found[name] + value if name in found else value
+    for term, modules in states:
+        values = torch.stack([term.value(*_matrices(layer), state) for layer, state in modules])
+        value = term.strength * (values.mean() if term.mean else values.sum())
+        found[term.name] = found[term.name] + value if term.name in found else value
     return found
 
 
@@ -179,30 +180,10 @@ def check_stack(model: Any, stack: AdapterStack) -> None:
             )
 
 
-def check_fresh(targets: Sequence[Target]) -> None:
-    """Raise `ModelError` where the new adapter starts as a copy of an earlier one.
-
-    The same random seed before each task does that; then the overlap is at its top, where it has
-    hardly a gradient. Where earlier rows span most of the width, nothing can be said.
-    """
-    shares = [
-        float(share(target.a.detach().float().cpu(), basis.cpu()))
-        for target in targets
-        if target.past_rows is not None
-        and 2 * len(basis := row_basis(target.past_rows)) <= basis.shape[1]
-    ]
-    if shares and sum(shares) / len(shares) > 0.95:
-        raise ModelError(
-            "The new adapter starts inside the span of earlier ones, as it does when each task "
-            "begins with the same random seed. Seed each task differently, or attach with "
-            "`orthogonal_start`."
-        )
-
-
 def prepare(
     model: nn.Module,
     stack: AdapterStack,
-    regularisers: Sequence[Regulariser],
+    terms: Sequence[Term],
     moments: Mapping[str, Sequence[Moments]] | None = None,
 ) -> States:
     """Return for each term the layers it speaks of with its state, on the layers' devices.
@@ -211,7 +192,7 @@ def prepare(
     earlier ones: on random matrices it must be above 0.
     """
     if moments is None:
-        needed = any(r.needs_moments for r in regularisers)
+        needed = any(term.needs_moments for term in terms)
         moments = load_moments([a.folder for a in stack.adapters]) if needed else {}
     targets = [
         (
@@ -222,39 +203,39 @@ def prepare(
                 layer.lora_B["default"].weight,
                 float(layer.scaling["default"]),
                 linear_weight(layer),
+                tuple(stack.of(name)),
                 stack.past_rows(name),
                 tuple(moments.get(name, ())),
             ),
         )
         for name, layer in adapter_layers(model).items()
     ]
-    if any(regulariser.name == "overlap" for regulariser in regularisers):
-        check_fresh([target for _, target in targets])
     found: States = []
-    for regulariser in regularisers:
+    for term in terms:
+        term.check([target for _, target in targets])
         states = []
         for layer, target in targets:
-            if (state := regulariser.prepare(target)) is not None:
+            if (state := term.prepare(target)) is not None:
                 states.append((layer, _moved(state, target.a.device)))
-        if len(stack) and regulariser.strength > 0 and not _can_speak(regulariser, states):
+        if len(stack) and term.strength > 0 and not _can_speak(term, states):
             raise ModelError(
-                f"The {regulariser.name} penalty is 0 whatever the new adapter learns: it has no "
+                f"The {term.name} penalty is 0 whatever the new adapter learns: it has no "
                 f"module in common with the {len(stack)} earlier ones, or their weights are 0. "
                 "Set its strength to 0 to train without it."
             )
-        if states and regulariser.strength > 0:
-            found.append((regulariser, states))
+        if states and term.strength > 0:
+            found.append((term, states))
     return found
 
 
-def _can_speak(regulariser: Regulariser, states: Sequence[tuple[Any, Any]]) -> bool:
+def _can_speak(term: Term, states: Sequence[tuple[Any, Any]]) -> bool:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer, state in states:
             a, b = (
                 torch.randn(m.shape, generator=generator).to(m.device) for m in _matrices(layer)
             )
-            if regulariser.term(a, b, state) > 0:
+            if term.value(a, b, state) > 0:
                 return True
     return False
 

@@ -55,7 +55,8 @@ def collect_moments(
 
     Args:
         model: With or without an adapter; its mode and its gradients are as before afterwards.
-        batches: What its forward takes, on any device; `labels` are needed for `gradients`.
+        batches: What its forward takes, on any device; `labels` are needed for `gradients`. A
+            classifier's may have `offered`, a mask of the outputs among which labels are drawn.
         modules: Names in the base model, as an `AdapterStack` or `adapter_layers` gives them.
         rank: The most rows of a factor; None for all.
         keep: Share of the energy that a factor holds, in (0, 1].
@@ -77,12 +78,16 @@ def collect_moments(
     model.eval()
     try:
         for batch in batches:
-            batch = _unambiguous(model, {k: v.to(device) for k, v in batch.items()})
+            batch = {k: v.to(device) for k, v in batch.items()}
+            offered = batch.pop("offered", None)
+            batch = _unambiguous(model, batch)
             with (
                 _watch(found, _masks(model, batch), gradients) as seen,
                 torch.set_grad_enabled(gradients),
             ):
                 logits, labels = _predict(model, batch)
+                if offered is not None:
+                    logits = logits.masked_fill(~offered, -torch.inf)
                 for name, part in seen.items():
                     for x in part.inputs:
                         _add(inputs, name, x.T @ x)
