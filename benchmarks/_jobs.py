@@ -144,7 +144,8 @@ def effects(rows: int = 32) -> list[dict[str, Any]]:
     """
     from recipes.distil.questions import grammar, principle, training
     from trueline import load_model
-    from trueline.train.distil.teachers import make_teacher, teacher_effect
+    from trueline.train.distil.policies import teacher_effect
+    from trueline.train.distil.teachers import make_teacher
 
     lm = load_model("tiny", packed_weights=False, dtype="float32", device="cpu")
     prompts = [{"prompt": turn.user} for turn in training("fact", rows, 0)]

@@ -30,21 +30,14 @@ from trueline.models.prompts import encode
 from trueline.types import Request
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("trl")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from trueline.train.distil.teachers import (  # noqa: E402
-    TEACHERS,
-    make_teacher,
-    policies,
-    rules_out,
-    teacher_effect,
-    teacher_of,
-)
+from trueline.train.distil.policies import policies, rules_out, teacher_effect  # noqa: E402
+from trueline.train.distil.sampling import Plan, seed_of  # noqa: E402
+from trueline.train.distil.teachers import TEACHERS, make_teacher, teacher_of  # noqa: E402
 from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer  # noqa: E402
 
 pytestmark = [
-    # transformers renamed the option; TRL and PEFT still use the old name.
+    # transformers renamed the option; PEFT still uses the old name.
     pytest.mark.filterwarnings("ignore:`[a-z_]*gradient_checkpointing[a-z_]*` is:FutureWarning"),
     # DataLoader's default for pinning looks for an accelerator that a CPU machine has not.
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning"),
@@ -90,6 +83,19 @@ def steps(trainer, *names):
     """The numbers of every logged step."""
     log = [row for row in trainer.state.log_history if "loss" in row]
     return [[row[name] for name in names] for row in log]
+
+
+def watched(trainer):
+    """The samples of every update, as lists of parts, as they are drawn."""
+    drawn = []
+    original = trainer._sample
+
+    def watch(rows, batch):
+        drawn.append(original(rows, batch))
+        return drawn[-1]
+
+    trainer._sample = watch
+    return drawn
 
 
 def weights(trainer):
@@ -150,21 +156,11 @@ def test_the_first_step_is_the_formula_on_naive_forwards(tmp_path):
             tmp_path, "gpt2", loss=loss, ratio=1.0, top_p=1.0, max_steps=1, guided=0.0,
             temperature=temperature, max_completion_length=9, beta=0.3,
         )  # fmt: skip
-        kept = {}
-        original = trainer._compute_loss
-
-        def watch(student, inputs, count, original=original, kept=kept):
-            kept.update(inputs)
-            return original(student, inputs, count)
-
-        trainer._compute_loss = watch
+        drawn = watched(trainer)
         trainer.train()
         sums = dict.fromkeys(("loss", "kl_to_teacher", "reward", "entropy"), 0.0)
         total = 0
-        for lesson, ids, mask in zip(
-            kept["lessons"], kept["completion_ids"], kept["completion_mask"], strict=True
-        ):
-            tokens = ids[mask.bool()].tolist()
+        for lesson, tokens in zip(drawn[0].lessons, drawn[0].answers, strict=True):
             text = start.tokenizer.decode(lesson.prompt)
             row = next(r for r in ROWS if r["prompt"] in text)
             _, z_s = naive_row(start, method, row, tokens)
@@ -207,15 +203,9 @@ def test_the_student_samples_from_its_whole_distribution(tmp_path):
         tmp_path, model=model, rows=rows, loss="imitation", guided=0.0, min_effect=0.0,
         max_completion_length=1, per_device_train_batch_size=64, max_steps=30, learning_rate=0.0,
     )  # fmt: skip
-    drawn = []
-    original = trainer._compute_loss
-
-    def watch(student, inputs, count):
-        drawn.extend(inputs["completion_ids"][:, 0].tolist())
-        return original(student, inputs, count)
-
-    trainer._compute_loss = watch
+    batches = watched(trainer)
     trainer.train()
+    drawn = [answer[0] for samples in batches for answer in samples.answers]
     prompt = encode(trainer.student, [{"role": "user", "content": "What is rain?"}])
     with torch.no_grad(), trainer.model.disable_adapter():
         p = trainer.model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
@@ -238,13 +228,13 @@ def test_the_student_samples_from_its_whole_distribution(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_it_trains_every_class_of_models(tmp_path, kind, lora):
     trainer = trainer_of(
-        tmp_path, kind, lora=lora, ratio=0.5, top_p=1.0, max_steps=12, learning_rate=3e-3,
-        rows=ROWS[:2], max_completion_length=4,
+        tmp_path, kind, lora=lora, ratio=0.5, top_p=1.0, max_steps=24, learning_rate=3e-3,
+        rows=ROWS[:2] * 2, per_device_train_batch_size=4, max_completion_length=4,
     )  # fmt: skip
     before = weights(trainer)
     trainer.train()
     kl = [row[0] for row in steps(trainer, "kl_to_teacher")]
-    assert sum(kl[-3:]) < 0.8 * sum(kl[:3])
+    assert sum(kl[-6:]) < 0.8 * sum(kl[:6])
     assert any(not torch.equal(before[n], p) for n, p in weights(trainer).items())
     reference = steps(trainer, "kl_to_reference")
     assert reference[0][0] == pytest.approx(0, abs=1e-4)
@@ -273,7 +263,7 @@ def test_five_steps_on_the_bundled_model(tmp_path, options):
     start = trainer.check_effect()
     trainer.train()
     trained = trainer.student
-    with torch.no_grad(), trainer._start(trainer.model) as reference:
+    with torch.no_grad(), trainer.reference.opened() as reference:
         lessons = [trainer.teacher.lesson(reference, row) for row in rows]
         answers = generate(reference, [r["prompt"] for r in rows], sampling=SamplingParams(16, 1.0))
         ids = [c.token_ids for c in answers]
@@ -305,7 +295,7 @@ def test_a_principle_for_each_row(tmp_path):
     assert [m and m.principle for m in methods] == ["Shout.", PRINCIPLE, None]
     lessons = [trainer.teacher.lesson(trainer.student, row) for row in rows]
     answers = [[9, 8], [9, 8], [9, 8]]
-    with torch.no_grad(), trainer._start(trainer.model) as start:
+    with torch.no_grad(), trainer.reference.opened() as start:
         found = {i: (q, r) for i, q, r in policies(trainer.teacher, start, lessons, answers)}
     for i, text in ((0, "Shout."), (1, PRINCIPLE)):
         star, z_s = naive_row(start, LinearAlignment(text), rows[i], answers[i])
@@ -357,7 +347,7 @@ def test_checkpoints_teach_a_tuned_model_over_its_start(tmp_path, ratio):
         loss="imitation", guided=0.5,
     )  # fmt: skip
     lesson, answer = trainer.teacher.lesson(trainer.student, ROWS[0]), [9, 8, 7]
-    with torch.no_grad(), trainer._start(trainer.model) as start:
+    with torch.no_grad(), trainer.reference.opened() as start:
         ((_, z_star, z_s),) = policies(trainer.teacher, start, [lesson], [answer])
     ids = torch.tensor([lesson.prompt + answer])
     with torch.no_grad():
@@ -388,36 +378,32 @@ def test_the_teacher_draws_its_share_of_the_answers(tmp_path):
         tmp_path, rows=rows, loss="imitation", guided=0.3, max_steps=10, min_effect=0.0,
         per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=5e-3,
     )  # fmt: skip
-    seen, calls = [], []
-    original = trainer._generate_and_score_completions
-
-    def watch(inputs):
-        output = original(inputs)
-        own = output["measured"].tolist()
-        seen.append(own.count(False))
-        for i, lesson in enumerate(output["lessons"]):
-            if not own[i]:
-                ids = output["completion_ids"][i][output["completion_mask"][i].bool()]
-                calls.append((lesson, ids.tolist()))
-        return output
-
-    trainer._generate_and_score_completions = watch
+    batches = watched(trainer)
     trainer.train()
+    seen = [samples.measured.count(False) for samples in batches]
+    calls = [
+        (samples.lessons[i], samples.answers[i])
+        for samples in batches
+        for i, own in enumerate(samples.measured)
+        if not own
+    ]
     # 0.3 of six rows: 18 in ten batches, one or two in each.
     assert sum(seen) == 18
     assert set(seen) == {1, 2}
     shares = [row[0] for row in steps(trainer, "guided_share")]
-    assert sum(shares) / 10 == pytest.approx(0.3, abs=0.05)
-    assert all(share > 0.1 for share in shares)
+    for samples, share in zip(batches, shares, strict=True):
+        pairs = zip(samples.answers, samples.measured, strict=True)
+        drawn = sum(len(answer) for answer, own in pairs if not own)
+        assert share == pytest.approx(drawn / samples.tokens)
     start = LanguageModel(random_model("llama"), byte_tokenizer())
     by_prompt = {tuple(trainer.teacher.lesson(start, row).prompt): row for row in ROWS}
     pools = [seen[i : i + 3] for i in range(0, 10, 3)]
     first = 0
     for pool, counts in enumerate(pools):
-        seed = (trainer.args.seed * 1_000_003 + 3 * pool) * 100_003
         for place in range(sum(counts)):
             lesson, ids = calls[first + place]
-            request = Request(by_prompt[tuple(lesson.prompt)]["prompt"], seed=seed + place)
+            seed = seed_of("teacher", 3 * pool, place, trainer.args.seed, 1, 0)
+            request = Request(by_prompt[tuple(lesson.prompt)]["prompt"], seed=seed)
             made = generate(start, [request], lesson.method, SamplingParams(6, 1.0))
             assert ids == made[0].token_ids
         first += sum(counts)
@@ -443,7 +429,7 @@ def test_what_the_student_never_says_is_learned_from_the_teacher(tmp_path):
             peft_config=peft.LoraConfig(**LORA),
         )  # fmt: skip
         lesson = trainer.teacher.lesson(trainer.student, rows[0])
-        with trainer._start(trainer.model) as start:
+        with trainer.reference.opened() as start:
             word = generate(start, "What is rain?", lesson.method, SamplingParams(1))[0].token_ids
         trainer.train()
         with torch.no_grad():
@@ -504,10 +490,13 @@ def test_the_order_of_the_rows_is_that_of_seed_and_epoch(tmp_path):
     orders = {}
     for step in (0, 5, 6, 12):
         trainer.state.global_step = step
-        orders[step] = list(trainer._get_train_sampler())
-        # Each batch of two, for two parts of a step and two uses.
-        assert len(orders[step]) == 6 * 4
-        assert sorted(orders[step][i] for i in (0, 1, 8, 9, 16, 17)) == list(range(6))
+        prompts = [row["prompt"] for part in trainer.get_train_dataloader() for row in part]
+        orders[step] = [ROWS.index({"prompt": prompt}) for prompt in prompts]
+        # Each update's two rows twice, for its two uses.
+        assert len(orders[step]) == 6 * 2
+        for i in (0, 4, 8):
+            assert orders[step][i : i + 2] == orders[step][i + 2 : i + 4]
+        assert sorted(orders[step][i] for i in (0, 1, 4, 5, 8, 9)) == list(range(6))
     assert orders[0] == orders[5]  # six updates are an epoch
     assert len({tuple(orders[step]) for step in (0, 6, 12)}) == 3
 
@@ -565,33 +554,27 @@ def test_reuse_makes_several_updates_of_each_batch(tmp_path):
             tmp_path, loss=loss, reuse=3, max_steps=6, gradient_accumulation_steps=2,
             per_device_train_batch_size=1,
         )  # fmt: skip
-        batches = []
-        original = trainer._generate_and_score_completions
-
-        def watch(inputs, original=original, batches=batches):
-            batches.append(len(inputs))
-            return original(inputs)
-
-        trainer._generate_and_score_completions = watch
+        batches = watched(trainer)
         trainer.train()
-        assert batches == [2, 2]
+        assert [len(samples.answers) for samples in batches] == [2, 2]
         lengths = [row[0] for row in steps(trainer, "completion_length")]
         assert len(set(lengths[:3])) == len(set(lengths[3:])) == 1
 
 
-def test_old_logprobs_are_those_of_the_first_use(tmp_path):
+def test_old_logprobs_are_those_of_the_first_use(tmp_path, monkeypatch):
+    from trueline.train.distil import loss
+
     trainer = trainer_of(tmp_path, loss="imitation", reuse=3, max_steps=3, learning_rate=5e-3)
     kept = []
-    original = trainer._sampled_loss
+    original = loss._sampled_loss
 
-    def watch(policy, teacher, reference, inputs, count):
-        old = inputs.get("old_logprobs")
+    def watch(policy, teacher, reference, old, args, count):
         kept.append(([p.detach().clone() for p in policy], old))
-        return original(policy, teacher, reference, inputs, count)
+        return original(policy, teacher, reference, old, args, count)
 
-    trainer._sampled_loss = watch
+    monkeypatch.setattr(loss, "_sampled_loss", watch)
     trainer.train()
-    assert kept[0][1] is None
+    assert not kept[0][1]
     for now, olds in kept[1:]:
         for first, old, current in zip(kept[0][0], olds, now, strict=True):
             assert torch.equal(first, old)
@@ -645,12 +628,29 @@ def test_the_reference_stays_where_it_was(tmp_path):
         start = random_model("llama")(ids).logits
     for lora in (True, False):
         trainer = trainer_of(tmp_path, lora=lora, max_steps=2, learning_rate=1e-2)
-        assert (trainer.reference is None) is lora
+        assert (trainer.reference.copy is None) is lora
         trainer.train()
-        with torch.no_grad(), trainer._start(trainer.model) as reference:
+        with torch.no_grad(), trainer.reference.opened() as reference:
             assert torch.equal(reference.model(ids).logits, start)
         with torch.no_grad():
             assert not torch.equal(trainer.model(ids).logits, start)
+
+
+def test_a_frozen_part_of_an_adapter_stays_frozen(tmp_path):
+    """PEFT would give all of an adapter a gradient once it was off and on again."""
+    trainer = trainer_of(tmp_path, max_steps=2, learning_rate=1e-2)
+    for name, p in trainer.model.named_parameters():
+        p.requires_grad_("lora_B" in name)
+    before = weights(trainer)
+    a = {n: p.clone() for n, p in trainer.model.named_parameters() if "lora_A" in n}
+    trainer.train()
+    assert weights(trainer).keys() == before.keys()
+    for name, p in trainer.model.named_parameters():
+        if name in a:
+            assert p.grad is None
+            assert torch.equal(p, a[name])
+        elif name in before:
+            assert not torch.equal(p, before[name])
 
 
 def test_fast_sampling_draws_the_same_and_leaves_no_trace(tmp_path):
@@ -690,10 +690,17 @@ def test_fast_sampling_draws_the_same_and_leaves_no_trace(tmp_path):
         ({"guided": 1.0}, "`guided` must be"),
         ({"kl_budget": 0.0}, "`kl_budget` must be"),
         ({"top_k": 5, "loss": "imitation"}, "`top_k` belongs to loss"),
-        ({"min_p": 0.1}, "off-policy"),
-        ({"repetition_penalty": 1.2}, "off-policy"),
         ({"temperature": 0.0}, "`temperature` must be"),
-        ({"teacher_model_name_or_path": "x"}, "checkpoints"),
+        ({"learning_rate": math.nan}, "`learning_rate` must be"),
+        ({"learning_rate": -1e-4}, "`learning_rate` must be"),
+        ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be"),
+        ({"max_completion_length": 0}, "`max_completion_length` must be"),
+        ({"max_steps": 10**21}, "`max_steps` must be"),
+        ({"push_to_hub": True}, "hf upload"),
+        ({"deepspeed": "zero.json"}, "torchrun"),
+        ({"fsdp": "full_shard"}, "torchrun"),
+        ({"remove_unused_columns": True}, "drop the principles"),
         ({"reuse": 2, "save_strategy": "steps", "save_steps": 3}, "multiple of `reuse`"),
         ({"teacher_name": "linear-aligment"}, 'Did you mean "linear-alignment"'),
         ({"teacher_name": "principle", "ratio": 1.0}, "prompt alone"),
@@ -784,51 +791,29 @@ def test_a_frozen_adapter_is_refused(tmp_path):
         trainer_of(tmp_path, model=model, lora=False)
 
 
-# What TRL promises nowhere, and this trainer stands on.
-
-
-def test_the_contract_with_trl():
-    import inspect
-
-    import trl
-    from trl.trainer import distillation_trainer
-
-    cls = trl.DistillationTrainer
-    expected = {
-        "_tokenize_prompts": ["self", "prompts"],
-        "_generate_single_turn": [
-            "self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"
-        ],
-        "_generate_and_score_completions": ["self", "inputs"],
-        "_prepare_inputs": ["self", "generation_batch"],
-        "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
-        "_get_train_sampler": ["self", "dataset"],
-        "log": ["self", "logs", "start_time"],
-    }  # fmt: skip
-    for name, parameters in expected.items():
-        assert list(inspect.signature(getattr(cls, name)).parameters) == parameters, name
-    source = inspect.getsource(distillation_trainer)
-    for line in (
-        'prompts = [x["prompt"] for x in inputs]',
-        "prompt_ids, images, multimodal_fields = self._tokenize_prompts(prompts)",
-        "self._generate_single_turn(prompt_ids, images, multimodal_fields)",
-        "shuffle_sequence_dict(generation_batch)",
-        "loss, entropy_sum, num_valid_tokens = self._forward_redirection(",
-        "self._step += 1",
-    ):
-        assert line in source, line
-    assert cls.loss_is_scaled_for_ga is True
-
-
 def test_every_setting_has_help():
-    import dataclasses
+    from trueline.settings.reader import explain
 
-    own = {f.name for f in dataclasses.fields(InverseQConfig)}
-    assert {"loss", "teacher", "ratio", "floor", "guided", "reuse", "kl_budget"} <= own
-    for f in dataclasses.fields(InverseQConfig):
-        if f.name in InverseQConfig.__annotations__:
-            assert f.metadata.get("help", "").endswith("."), f.name
+    own = {name: text for name, _, text in explain([InverseQConfig])}
+    assert {"loss", "teacher", "ratio", "floor", "guided", "reuse", "kl_budget"} <= own.keys()
+    for name in InverseQConfig.__annotations__:
+        assert own[name].endswith("."), name
     assert set(TEACHERS) >= {"principle", "linear-alignment", "checkpoints", "self-cd", "ada-cd"}
+
+
+@pytest.mark.parametrize(("guided", "rows"), [(0.25, 4), (0.3, 6), (0.5, 3), (0.1, 4), (0.7, 5)])
+def test_a_plan_takes_its_share_and_every_answer_of_a_pool_once(guided, rows):
+    plan, total = Plan.of(guided, rows), 0
+    for first in range(0, 40 * plan.every, plan.every):
+        taken = []
+        for batch in range(first, first + plan.every):
+            assert plan.first(batch) == first
+            taken += range(plan.size(first))[plan.taken(batch)]
+        assert taken == list(range(plan.size(first)))
+        assert len(taken) <= rows + 1
+        total += len(taken)
+    assert abs(total - guided * rows * 40 * plan.every) <= 1
+    assert Plan.of(guided, rows, stream=True).every == 1
 
 
 @pytest.mark.slow

@@ -409,6 +409,8 @@ def test_a_resumed_task_ends_the_same(tmp_path):
 
 def test_the_mixin_composes_with_sft(tmp_path):
     from datasets import Dataset
+
+    pytest.importorskip("trl", reason="rivals: pip install 'trueline[benchmarks]'")
     from trl import SFTConfig, SFTTrainer
 
     stack = AdapterStack.load([first_task("llama", tmp_path / "0")])
@@ -454,6 +456,8 @@ def test_the_mixin_composes_with_sft(tmp_path):
 def test_one_step_of_any_trainer_has_the_penalty_once(name, steps, tmp_path):
     """Under a penalty that drowns the task a step of SGD is the penalty's gradient, once."""
     from datasets import Dataset
+
+    pytest.importorskip("trl", reason="rivals: pip install 'trueline[benchmarks]'")
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer
@@ -511,6 +515,8 @@ def test_one_step_of_any_trainer_has_the_penalty_once(name, steps, tmp_path):
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_the_trainers_in_the_docs_run(name, tmp_path, monkeypatch):
     from datasets import Dataset
+
+    pytest.importorskip("trl", reason="rivals: pip install 'trueline[benchmarks]'")
     from trl import DPOConfig, SFTConfig
 
     monkeypatch.chdir(tmp_path)

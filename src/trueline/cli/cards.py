@@ -36,7 +36,6 @@ def finish(
     rows: int,
 ) -> None:
     """Sum up the log, draw it, and write the card."""
-    from trueline.records.training_folder import CHECKPOINTS
     from trueline.settings.reader import write_toml
     from trueline.train.progress import draw_curves, model_card
 
@@ -68,7 +67,6 @@ def finish(
         config=write_toml(values).strip(),
         results=results,
     )
-    (folder.folder / CHECKPOINTS / "README.md").unlink(missing_ok=True)  # TRL's
     folder.finish(results, card, draw_curves(log, PANELS, name))
 
 

@@ -28,7 +28,6 @@ from trueline.train.base import (
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
     from trueline.records.training_folder import RunFolder
-    from trueline.train.distil.held_out import HeldOut
     from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer
 
 SHOWN = {
@@ -211,14 +210,17 @@ def open_folder(
     )
 
 
-def read_evaluation(recipe: Recipe, values: dict[str, Any], output: Path) -> HeldOut | None:
+Judging = tuple[list[Any], str, Any]
+"""Items, their metric and their judge."""
+
+
+def read_evaluation(recipe: Recipe, values: dict[str, Any], output: Path) -> Judging | None:
     """Return what judges held-out responses; None where only losses are measured on them."""
     from types import SimpleNamespace
 
     from trueline.cli.judging import make_judge
     from trueline.evals.datasets import load_prompts
     from trueline.evals.items import Item, adherence_items
-    from trueline.train.distil.held_out import HeldOut
 
     if recipe.evaluate is None:
         return None
@@ -242,7 +244,7 @@ def read_evaluation(recipe: Recipe, values: dict[str, Any], output: Path) -> Hel
     )
     metric = "refusal" if refusal else "adherence"
     judge, _ = make_judge(asked, metric, output)  # type: ignore[arg-type]
-    return HeldOut(items, metric, judge)
+    return items, metric, judge
 
 
 def train(
@@ -251,7 +253,7 @@ def train(
     recipe: Recipe,
     model: LanguageModel,
     rows: list[dict[str, Any]],
-    judging: HeldOut | None,
+    judging: Judging | None,
     folder: RunFolder,
 ) -> None:
     """Train from the start or the checkpoint, and write weights, log, curves and card."""
@@ -277,9 +279,10 @@ def make_trainer(
     recipe: Recipe,
     model: LanguageModel,
     rows: list[dict[str, Any]],
-    judging: HeldOut | None,
+    judging: Judging | None,
 ) -> InverseQTrainer:
     """Return the trainer; a row that does not fit the model is named by its line."""
+    from trueline.train.distil.evaluation import HeldOut
     from trueline.train.distil.trainer import InverseQTrainer
 
     held_out = None
@@ -290,8 +293,6 @@ def make_trainer(
         held_out = [{k: v for k, v in row.items() if k != "line"} for row in held_out]
         if values.get("eval_steps"):
             values = {"eval_strategy": "steps", **values}
-    if judging is not None:
-        judging.max_new_tokens = values["max_completion_length"]
     try:
         trainer = InverseQTrainer(
             model.model,
@@ -300,7 +301,6 @@ def make_trainer(
             eval_dataset=held_out,
             processing_class=model.tokenizer,
             peft_config=None if recipe.full else lora_config(recipe.lora),
-            evaluate=judging,
         )
     except (ConfigError, ModelError):
         raise
@@ -313,7 +313,8 @@ def make_trainer(
     except (ValueError, ImportError) as error:  # target modules that are not there, a package
         raise ConfigError(" ".join(str(error).split())) from error
     if judging is not None:
-        judging.teacher = trainer.teacher
+        length = values["max_completion_length"]
+        trainer.evaluate_with(HeldOut(*judging, trainer.teacher, length))
     return trainer
 
 

@@ -36,7 +36,7 @@ PARTS = {
     "o-lora": "a stream of tasks, each in its own orthogonal low-rank subspace",
 }
 INSTALL = "pip install 'trueline[train]'"
-NEEDED = ("trl", "peft", "datasets")
+NEEDED = ("peft", "datasets", "accelerate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ def forced_logits(
     continuations: Sequence[Sequence[int]],
     *,
     adapters: Sequence[bool] | None = None,
+    forward: Any = None,
 ) -> list[Tensor]:
     """Return the logits (time, vocab) that predict each continuation, from one forward.
 
@@ -34,6 +35,7 @@ def forced_logits(
         prompts: Token ids.
         continuations: Token ids, at least one a row.
         adapters: For each row, whether the model's adapter is on; as it is by default.
+        forward: Called in place of the model: the same one, wrapped for several processes.
     """
     fed = [[*p, *c[:-1]] for p, c in zip(prompts, continuations, strict=True)]
     ids, mask = pad_left(fed, model.pad_token_id, model.device)
@@ -45,7 +47,7 @@ def forced_logits(
     if adapters is not None and not all(adapters):
         active = model.model.active_adapter
         options["adapter_names"] = [active if on else "__base__" for on in adapters]
-    logits = model.model(ids, **options).logits
+    logits = (forward or model.model)(ids, **options).logits
     # Rows end at the last column, so a continuation of n tokens is predicted by the last n.
     return [z[-len(c) :] for z, c in zip(logits.unbind(0), continuations, strict=True)]
 

@@ -203,5 +203,5 @@ def base_settings(recipe: Recipe, model: LanguageModel) -> dict[str, Any]:
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
             "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None))),
         },
-        "versions": versions() | {name: version(name) for name in ("trl", "peft")},
+        "versions": versions() | {name: version(name) for name in ("peft",)},
     }

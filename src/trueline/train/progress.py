@@ -91,8 +91,8 @@ def attach(trainer: Any, run: RunFolder | None, config: str, shown: Mapping[str,
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what transformers, TRL and datasets print about themselves; errors stay."""
-    names = ("transformers", "trl", "accelerate", "datasets", "peft")
+    """Hold back what transformers and datasets print about themselves; errors stay."""
+    names = ("transformers", "accelerate", "datasets", "peft")
     levels = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings():
         for name in names:

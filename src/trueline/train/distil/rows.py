@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from datasets import Dataset
-from trl.trainer.utils import RepeatSampler
+from torch.utils.data import Sampler
 
 from trueline.errors import DataError
-
-if TYPE_CHECKING:
-    from trueline.train.distil.trainer import InverseQTrainer
-
-
-def _messages(prompt: Any) -> Any:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def dataset_of(rows: Any, name: str) -> Any:
@@ -40,17 +34,37 @@ def dataset_of(rows: Any, name: str) -> Any:
     return rows
 
 
-class EpochSampler(RepeatSampler):
-    """TRL's sampler, its order a function of seed and epoch so that a resumed run goes on in it."""
+def _messages(prompt: Any) -> Any:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
-    def __init__(self, trainer: InverseQTrainer, **options: Any) -> None:
-        super().__init__(**options)
-        self.trainer = trainer
+
+class StepSampler(Sampler[int]):
+    """The rows of each update in turn, every update's rows `reuse` times; rows left over go out.
+
+    Args:
+        rows: How many rows there are.
+        step: Rows of an update, of all processes together.
+        reuse: Updates made with the same rows.
+        seed: Draws the order; None keeps the rows' own.
+        update: Returns how many updates were made: the order is a function of seed and epoch, so
+            that a resumed run goes on in it.
+    """
+
+    def __init__(
+        self, rows: int, step: int, reuse: int, seed: int | None, update: Callable[[], int]
+    ) -> None:
+        self.rows, self.step, self.reuse = rows, step, reuse
+        self.seed, self.update = seed, update
+
+    def __len__(self) -> int:
+        return self.rows // self.step * self.step * self.reuse
 
     def __iter__(self) -> Iterator[int]:
-        accumulation = self.trainer.args.gradient_accumulation_steps
-        steps = max(len(self) // (self.batch_size * accumulation), 1)
-        if self.shuffle:
-            epoch = self.trainer.state.global_step // steps
-            self.generator.manual_seed((self.seed or 0) + epoch)
-        return super().__iter__()
+        order = list(range(self.rows))
+        if self.seed is not None:
+            epoch = self.update() // max(len(self) // self.step, 1)
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(self.rows, generator=generator).tolist()
+        for first in range(0, self.rows // self.step * self.step, self.step):
+            for _ in range(self.reuse):
+                yield from order[first : first + self.step]

@@ -1,4 +1,4 @@
-"""Inverse-Q* as a trainer in TRL's form: the decoder's policy moves into the weights.
+"""Inverse-Q* as a trainer of transformers: the decoder's policy moves into the weights.
 
     >>> trainer = InverseQTrainer(
     ...     "tiny",
@@ -28,66 +28,59 @@ resume such a run, give the same `model` as at the start.
 from __future__ import annotations
 
 import contextlib
-import copy
+import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import resources
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import IterableDataset
-from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainerCallback
-from trl import DistillationTrainer
-from trl.trainer.utils import RepeatSampler
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
 
 from trueline.engine.scoring import forced_logits
 from trueline.errors import ConfigError, DataError
-from trueline.methods.inverse_q import (
-    advantage_loss,
-    imitation_loss,
-    kl_loss,
-    token_logprobs,
-    token_reward,
-)
-from trueline.models.load import BUNDLED, LanguageModel
 from trueline.models.packed import merged_products
 from trueline.train.distil.config import LOSSES, InverseQConfig
-from trueline.train.distil.guided import GuidedAnswers
-from trueline.train.distil.held_out import Evaluation
-from trueline.train.distil.rows import EpochSampler, dataset_of
-from trueline.train.distil.teachers import (
-    Lesson,
-    make_teacher,
-    policies,
-    teacher_effect,
-    teacher_of,
+from trueline.train.distil.evaluation import Evaluation
+from trueline.train.distil.loss import Sums, part_loss
+from trueline.train.distil.policies import policies, teacher_effect
+from trueline.train.distil.rows import StepSampler, dataset_of
+from trueline.train.distil.sampling import (
+    Guide,
+    Plan,
+    Row,
+    Samples,
+    Taught,
+    own_answers,
+    seed_of,
+    taught_answers,
 )
-from trueline.types import Method
+from trueline.train.distil.student import Reference, evaluating, student_of
+from trueline.train.distil.teachers import Lesson, make_teacher, teacher_of
+from trueline.types import Method, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trueline.models.load import LanguageModel
+
 __all__ = ["LOSSES", "InverseQConfig", "InverseQTrainer"]
-MEANS = ("kl_to_teacher", "kl_to_reference", "entropy", "reward")
-"""Logged at every step, means over the tokens of the student's own answers, in nats; beside them
-`completion_length`, `tokens_per_second` and `guided_share`."""
 EFFECT_TOKENS = 32
 """Length of the answers on which a teacher's effect is measured."""
 
 
-class InverseQTrainer(DistillationTrainer):
+class InverseQTrainer(Trainer):
     """Train a model on its own answers until it follows the teacher's policy unprompted.
 
     Args:
-        model: A folder, hub name or "tiny", or a model; a PEFT model's base is the reference.
+        model: A folder, hub name or "tiny", a `LanguageModel`, or a model of transformers; a PEFT
+            model's base is the reference.
         args: Settings.
         train_dataset: Rows with `prompt` and perhaps `principle`; a list of dicts also serves.
         eval_dataset: Rows on which loss and divergences are measured, by `eval_strategy`.
-        processing_class: The tokenizer; the model's own by default.
+        processing_class: The tokenizer, for a model that comes without one.
         callbacks: Of transformers.
         optimizers: Optimizer and scheduler; AdamW and `args.lr_scheduler_type` by default.
-        quantization_config: Of bitsandbytes, for a model that is loaded here.
         peft_config: Trains an adapter; without one all weights are trained.
         teacher: A decoding method in place of `args.teacher`, its options and `principle`.
         evaluate: Called with the student before training, every `eval_steps` steps and at the
@@ -101,14 +94,20 @@ class InverseQTrainer(DistillationTrainer):
     args: InverseQConfig
     model: Any
     train_dataset: Any
-    max_completion_length: int
-    _tag_names = ["trueline", "inverse-q"]  # noqa: RUF012
-    _name = "Inverse-Q*"
-    _paper = {  # noqa: RUF012
-        "title": "Inverse-Q*: Token Level Reinforcement Learning for Aligning Large Language "
-        "Models Without Preference Data",
-        "id": "2408.14874",
-    }
+    loss_is_scaled_for_ga = True
+    over_budget: float | None
+    """The KL to the reference at which `kl_budget` stopped the training."""
+    _guide: Guide | None
+    _samples: list[Samples]
+    """Of the update under way, part by part."""
+    _sums: dict[str, Sums]
+    """Since the last log: of "loss", of "eval_loss"."""
+    _step: Sums
+    """Of the update under way."""
+    _left: int
+    """Parts of it that are still to come."""
+    _seconds: float
+    """Of sampling and learning since the last log."""
 
     def __init__(
         self,
@@ -119,7 +118,6 @@ class InverseQTrainer(DistillationTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
         peft_config: Any = None,
         *,
         teacher: Method | None = None,
@@ -129,7 +127,8 @@ class InverseQTrainer(DistillationTrainer):
         train_dataset = dataset_of(train_dataset, "train_dataset")
         if train_dataset is None:
             raise ConfigError("`train_dataset` is missing. Give rows with a `prompt`.")
-        if args.reuse > 1 and isinstance(train_dataset, IterableDataset):
+        stream = isinstance(train_dataset, IterableDataset)
+        if args.reuse > 1 and stream:
             raise ConfigError("`reuse` above 1 needs a data set with a length. Load it whole.")
         if teacher is None:
             self.teacher = make_teacher(
@@ -138,105 +137,137 @@ class InverseQTrainer(DistillationTrainer):
         else:
             self.teacher = teacher_of(teacher, student=args.student)
         self.teacher.check(train_dataset.column_names)
-        if isinstance(model, str) and model in BUNDLED:
-            model = str(resources.files("trueline") / "assets" / model)
+        self.student = student_of(model, processing_class, peft_config, args)
+        if stream:
+            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+            if args.shuffle_dataset:
+                train_dataset = train_dataset.shuffle(seed=args.seed)
         super().__init__(
-            model=model,
+            model=self.student.model,
             args=args,
+            data_collator=_as_it_is,
             train_dataset=train_dataset,
             eval_dataset=dataset_of(eval_dataset, "eval_dataset"),
-            processing_class=processing_class,
+            processing_class=self.student.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
         )
-        if not any(p.requires_grad for p in self.model.parameters()):
-            raise ConfigError("No weight is trainable. Load the adapter with `is_trainable=True`.")
-        self._sample_from_everything()
-        name = getattr(self.model.config, "_name_or_path", "") or "model"
-        self.student = LanguageModel(self.model, self._tokenizer, name, args.raw)
+        # The loss is divided by the tokens of the whole update, in every release of transformers.
+        self.model_accepts_loss_kwargs = True
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"{args.n_gpu} graphics cards are visible to one process. Start one for each with "
+                "torchrun, or choose one by CUDA_VISIBLE_DEVICES."
+            )
         self.teacher.check_model(self.student)
-        self.reference = None if is_peft_model(self.model) else self._frozen_copy()
+        self.reference = Reference(
+            self.student, lambda x: self.accelerator.prepare_model(x, evaluation_mode=True)
+        )
         self.effect: float | None = None
         """What `check_effect` found, in nats a token."""
-        self.over_budget: float | None = None
-        """The KL to the reference at which `kl_budget` stopped the training."""
-        self._taught: list[int] = []
-        self._guided = GuidedAnswers(self)
-        self._drawn: list[list[int]] = []
-        self._sums: dict[str, Tensor | None] = {"train": None, "eval": None, "step": None}
-        self._check_rows(train_dataset)
+        self._begin()
+        self._taught = self._checked(train_dataset)
         if evaluate is not None:
-            self.add_callback(Evaluation(self, evaluate))
+            self.evaluate_with(evaluate)
+
+    def evaluate_with(self, evaluate: Callable[[LanguageModel], Mapping[str, float]]) -> None:
+        """Measure the student by `evaluate` while it is trained; see the class."""
+
+        def measure() -> Mapping[str, float]:
+            with evaluating(self.model), self._fast(self.model):
+                return evaluate(self.student)
+
+        self.add_callback(Evaluation(self, measure))
 
     # What is sampled, and from which prompt.
 
-    def _tokenize_prompts(self, prompts: list[Lesson]) -> tuple[list[list[int]], None, dict]:
-        return [lesson.prompt for lesson in prompts], None, {}
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        guided = self._guided(inputs)
-        self._drawn = [answer for _, answer in guided]
-        lessons = [lesson for lesson, _ in guided]
-        for row in inputs[len(guided) :]:
-            lessons.append(self.teacher.lesson(self.student, row))
-            self._check_length(lessons[-1])
-        output = super()._generate_and_score_completions([{"prompt": x} for x in lessons])
-        own = [i >= len(guided) for i in range(len(inputs))]
-        # A batch of guided answers alone is measured too, so that every step has its numbers.
-        measured = torch.tensor(own if any(own) else [True] * len(own))
-        return {**output, "lessons": lessons, "measured": measured}
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **options: Any) -> Any:
-        own = prompt_ids[len(self._drawn) :]
-        if not own:
-            return self._drawn
-        with self._fast(self.accelerator.unwrap_model(self.model)):
-            return self._drawn + list(super()._generate_single_turn(own, *args, **options))
-
-    def _fast(self, student: Any) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which the student samples fastest."""
-        mixed = self.args.bf16 or self.args.fp16
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        plain = not self.args.fast_sampling or mixed or sharded or self.use_vllm
-        return contextlib.nullcontext() if plain else merged_products(student)
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        accumulation, reuse = self.args.gradient_accumulation_steps, self.args.reuse
-        if self.model.training:
-            if self._buffered_inputs is None and self.state.global_step % reuse:
-                raise ConfigError(
-                    f"Step {self.state.global_step} came between two uses of the same samples, "
-                    f"which no checkpoint holds. Resume from a multiple of `reuse` ({reuse})."
-                )
-            if self._step % (accumulation * reuse) >= accumulation:
-                samples: Any = self._buffered_inputs
-                return cast(dict[str, Any], samples[self._step % accumulation])
-        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
-        return inputs
-
-    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
-        accumulation = self.args.gradient_accumulation_steps
-        per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        return EpochSampler(
-            self,
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=1,
-            batch_size=per_step * accumulation,
-            repeat_count=accumulation * self.args.reuse,
-            shuffle=bool(self.shuffle_dataset),
-            seed=self.args.seed,
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the rows, part after part of each update; see transformers."""
+        args = self.args
+        if isinstance(self.train_dataset, IterableDataset):
+            loader: DataLoader = super().get_train_dataloader()
+            return loader
+        parts = args.gradient_accumulation_steps * self.accelerator.num_processes
+        sampler = StepSampler(
+            len(self.train_dataset),
+            args.per_device_train_batch_size * parts,
+            args.reuse,
+            args.seed if args.shuffle_dataset else None,
+            lambda: self.state.global_step,
         )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=args.per_device_train_batch_size,
+            sampler=sampler,
+            collate_fn=_as_it_is,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        prepared: DataLoader = self.accelerator.prepare(loader)
+        return prepared
 
-    def _sample_from_everything(self) -> None:
-        """Undo TRL's reading of `top_p` and `top_k`: here they are the method's."""
-        whole = {"top_p": 1.0, "top_k": 0}
-        self.top_p, self.top_k = 1.0, 0
-        self.generation_kwargs.update(whole)
-        self.generation_config.update(**whole)
-        if self.use_vllm:
-            self.vllm_generation.top_p, self.vllm_generation.top_k = 1.0, 0
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Return the parts of the next update, sampled as one, and the tokens of all processes."""
+        parts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not parts:
+            return parts, None
+        started, step = time.perf_counter(), self.state.global_step
+        if step % self.args.reuse == 0:
+            rows = [row for part in parts for row in part]
+            self._samples = self._sample(rows, step // self.args.reuse).parts(len(parts))
+        elif not self._samples:
+            raise ConfigError(
+                f"Step {step} came between two uses of the same samples, which no checkpoint "
+                f"holds. Resume from a multiple of `reuse` ({self.args.reuse})."
+            )
+        tokens = torch.tensor(sum(x.tokens for x in self._samples), device=self.accelerator.device)
+        self._step, self._left = Sums(), len(self._samples)
+        self._seconds += time.perf_counter() - started
+        return [{"samples": x} for x in self._samples], self.accelerator.gather(tokens).sum()
+
+    def _sample(self, rows: list[Row], batch: int) -> Samples:
+        """Draw the answers of a batch: the teacher's share first, then the student's own."""
+        args, process = self.args, self.accelerator.process_index
+        key = (args.seed, self.accelerator.num_processes, process)
+        guided: Taught = []
+        if args.guided_share:
+            source = self._taught
+            if source is None:
+                source = [row for row in rows if self.teacher.row_method(row) is not None]
+            if self._guide is None:
+                share, stream = args.guided_share, self._taught is None
+                self._guide = Guide(Plan.of(share, len(rows), stream=stream), self._teach)
+            guided = self._guide.answers(batch, source, *key)
+        lessons = [self._lesson(row) for row in rows[len(guided) :]]
+        seeds = [seed_of("student", batch, i, *key) for i in range(len(lessons))]
+        own = self._own(lessons, seeds)
+        # A batch of guided answers alone is measured too, so that every step has its numbers.
+        measured = [not lessons] * len(guided) + [True] * len(own)
+        lessons = [lesson for lesson, _ in guided] + lessons
+        return Samples(lessons, [answer for _, answer in guided] + own, measured)
+
+    def _own(self, lessons: list[Lesson], seeds: list[int]) -> list[list[int]]:
+        with evaluating(self.model), self._fast(self.model):
+            return own_answers(self.student, lessons, self._sampling, seeds)
+
+    def _teach(self, rows: list[Row], seeds: list[int]) -> Taught:
+        lessons = [self._lesson(row) for row in rows]
+        with self.reference.opened() as start, self._fast(start.model):
+            answers = taught_answers(self.teacher, start, lessons, self._sampling, seeds)
+        return list(zip(lessons, answers, strict=True))
+
+    @property
+    def _sampling(self) -> SamplingParams:
+        return SamplingParams(self.args.max_completion_length, self.args.temperature)
+
+    def _fast(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which a model samples fastest."""
+        mixed = self.args.bf16 or self.args.fp16
+        if mixed or not self.args.fast_sampling:
+            return contextlib.nullcontext()
+        return merged_products(model)
 
     # The loss.
 
@@ -247,116 +278,93 @@ class InverseQTrainer(DistillationTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the loss of a batch, and add up what is logged."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logprobs, sums = self._measured
-        sums = self.accelerator.reduce(sums, "sum")
-        modes = ["train", "step"] if self.model.training else ["eval"]
-        if self.model.training and self.args.reuse > 1:
-            inputs.setdefault("old_logprobs", logprobs)
-        for mode in modes:
-            before = self._sums[mode]
-            self._sums[mode] = sums if before is None else before + sums
-        return result
-
-    def _compute_loss(
-        self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        args, lessons, masks = self.args, inputs["lessons"], inputs["completion_mask"].bool()
-        tokens = [ids[mask] for ids, mask in zip(inputs["completion_ids"], masks, strict=True)]
-        answers = [ids.tolist() for ids in tokens]
-        count = masks.sum() if num_items_in_batch is None else num_items_in_batch
-        self.student.model = unwrapped_student
-        logits = forced_logits(self.student, [lesson.prompt for lesson in lessons], answers)
-        if self.temperature != 1:
-            logits = [z / self.temperature for z in logits]
-        sampled = args.loss != "kl"
-        policy = [token_logprobs(z, y) for z, y in zip(logits, tokens, strict=True) if sampled]
-        losses, teacher, reference, sums = [], [], [], torch.zeros(7, device=masks.device)
-        with torch.no_grad(), self._start(unwrapped_student) as start:
-            for i, z_star, z_s in policies(
+        """Return the loss of a part, and add up what is logged."""
+        args, samples, training = self.args, inputs["samples"], self.model.training
+        count = samples.tokens
+        if num_items_in_batch is not None:
+            # Processes are averaged, not added up.
+            count = num_items_in_batch / self.accelerator.num_processes
+        prompts = [lesson.prompt for lesson in samples.lessons]
+        logits = forced_logits(self.student, prompts, samples.answers, forward=model)
+        if args.temperature != 1:
+            logits = [z / args.temperature for z in logits]
+        with self.reference.opened() as start:
+            taught = policies(
                 self.teacher,
                 start,
-                lessons,
-                answers,
-                temperature=self.temperature,
+                samples.lessons,
+                samples.answers,
+                temperature=args.temperature,
                 floor=args.floor,
-                batch_rows=max(len(lessons), 2),
-            ):
-                teacher.append(token_logprobs(z_star, tokens[i]))
-                reference.append(token_logprobs(z_s, tokens[i]))
-                if not sampled:
-                    with torch.enable_grad():
-                        losses.append(kl_loss(logits[i], z_star, top_k=args.top_k, count=count)[0])
-                sums[6] += len(tokens[i])
-                if inputs["measured"][i]:
-                    reward = token_reward(teacher[-1], reference[-1], args.beta).sum()
-                    sums[:3] += _divergences(logits[i], z_star, z_s)
-                    sums[3:6] += torch.stack([reward, *reward.new_tensor([len(tokens[i]), 1])])
-        if sampled:
-            loss = self._sampled_loss(policy, teacher, reference, inputs, count)
-        else:
-            loss = torch.stack(losses).sum()
-        self._measured = [logprobs.detach() for logprobs in policy], sums
-        return loss, sums[2].clone(), sums[4].clone()
+                batch_rows=max(len(prompts), 2),
+            )
+            keep = training and args.reuse > 1
+            loss, sums = part_loss(samples, logits, taught, args, count, keep=keep)
+        self._add(sums, training)
+        return (loss, None) if return_outputs else loss
 
-    def _sampled_loss(
-        self,
-        policy: list[Tensor],
-        teacher: list[Tensor],
-        reference: list[Tensor],
-        inputs: dict[str, Any],
-        count: Any,
-    ) -> Tensor:
-        """Return the loss on the tokens that were drawn, from their log-probabilities by row."""
-        function = imitation_loss if self.args.loss == "imitation" else advantage_loss
-        old = inputs.get("old_logprobs") if self.model.training else None
-        ones = [torch.ones_like(row) for row in policy]
-        return function(
-            pad_sequence(policy, batch_first=True),
-            pad_sequence(teacher, batch_first=True),
-            pad_sequence(reference, batch_first=True),
-            pad_sequence(ones, batch_first=True),
-            beta=self.args.beta,
-            old_logprobs=None if old is None else pad_sequence(old, batch_first=True),
-            clip=self.args.clip,
-            count=count,
-        )[0]
-
-    @contextlib.contextmanager
-    def _start(self, student: Any) -> Iterator[LanguageModel]:
-        """Yield the reference: the frozen copy, or the student with its adapter off."""
-        if self.reference is not None:
-            yield self.reference
+    def _add(self, sums: Sums, training: bool) -> None:
+        """Add the sums of a part, of all processes; stop the training beyond the KL budget."""
+        sums = sums.reduced(lambda x: self.accelerator.reduce(x, "sum"), self.accelerator.device)
+        kind = "loss" if training else "eval_loss"
+        self._sums[kind] = self._sums.get(kind, Sums()) + sums
+        if not training:
             return
-        training = student.training
-        student.eval()
-        try:
-            with student.disable_adapter():
-                self.student.model = student
-                yield self.student
-        finally:
-            student.train(training)
+        self._step, self._left = self._step + sums, self._left - 1
+        if self.args.kl_budget is not None and self._left == 0:
+            kl = float(self._step.kl_to_reference / self._step.tokens)
+            if kl > self.args.kl_budget:
+                self.over_budget = kl
+                self.control.should_training_stop = True
 
-    def _frozen_copy(self) -> LanguageModel:
-        model = copy.deepcopy(self.model).requires_grad_(False)
-        model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        return LanguageModel(model, self._tokenizer, self.student.name, self.args.raw)
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Make one part of an update, and take its time."""
+        started = time.perf_counter()
+        loss: Tensor = super().training_step(*args, **options)
+        self._seconds += time.perf_counter() - started
+        return loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss on answers of the student's own to these rows; see transformers."""
+        lessons = [self._lesson(row) for row in inputs]
+        seeds = [seed_of("held-out", self.args.seed, i, *x.prompt) for i, x in enumerate(lessons)]
+        samples = Samples(lessons, self._own(lessons, seeds), [True] * len(lessons))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, {"samples": samples})
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Log the means over all tokens since the last log."""
+        for kind, prefix in (("loss", ""), ("eval_loss", "eval_")):
+            if kind in logs and (sums := self._sums.pop(kind, None)) is not None:
+                means = sums.means()
+                if kind == "loss":
+                    tokens = float(sums.all_tokens)
+                    means["guided_share"] = 1 - float(sums.tokens) / tokens
+                    means["tokens_per_second"] = tokens / self._seconds
+                    self._seconds = 0.0
+                logs |= {prefix + name: value for name, value in means.items()}
+        super().log(logs, *args, **options)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: what sampling and the teacher cost is not in the model's formula."""
+        return 0
 
     # What happens around it.
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """Train, after making sure that the teacher has something to teach; see transformers."""
-        self._step, self._buffered_inputs, self.over_budget = 0, None, None
-        self._guided = GuidedAnswers(self)
+        self._begin()
         if not resume_from_checkpoint and self.args.min_effect > 0:
             self.check_effect()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return super().train(resume_from_checkpoint, *args, **options)
+
+    def _begin(self) -> None:
+        """Forget what an earlier run of this trainer left."""
+        self.over_budget, self._guide, self._samples = None, None, []
+        self._sums, self._step, self._left, self._seconds = {}, Sums(), 0, 0.0
 
     def check_effect(self) -> float:
         """Return the teacher's effect on the first rows; raise `ConfigError` if it is empty."""
@@ -366,14 +374,14 @@ class InverseQTrainer(DistillationTrainer):
                 rows.append(row)
             if len(rows) == args.effect_rows:
                 break
-        with self._start(self.accelerator.unwrap_model(self.model)) as start:
+        with self.reference.opened() as start:
             self.effect = teacher_effect(
                 self.teacher,
                 start,
                 rows,
-                temperature=self.temperature,
+                temperature=args.temperature,
                 floor=args.floor,
-                max_new_tokens=min(self.max_completion_length, EFFECT_TOKENS),
+                max_new_tokens=min(args.max_completion_length, EFFECT_TOKENS),
                 seed=args.seed,
             )
         if not self.effect >= args.min_effect:
@@ -384,37 +392,25 @@ class InverseQTrainer(DistillationTrainer):
             )
         return self.effect
 
-    def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """Make one part of a step; stop the training when the step leaves the KL budget."""
-        loss: Tensor = super().training_step(*args, **options)
-        if self._step % self.args.gradient_accumulation_steps == 0:
-            sums, self._sums["step"] = self._sums["step"], None
-            if self.args.kl_budget is not None and sums is not None:
-                kl = float(sums[1] / sums[4])
-                if kl > self.args.kl_budget:
-                    self.over_budget = kl
-                    self.control.should_training_stop = True
-        return loss
+    def _lesson(self, row: Row) -> Lesson:
+        """Return a row's lesson; raise `DataError` where the model has too few positions for it."""
+        lesson = self.teacher.lesson(self.student, row)
+        limit, room = self.student.max_positions, self.args.max_completion_length
+        longest = max(map(len, [lesson.prompt, *lesson.branches]))
+        if limit is not None and longest + room > limit:
+            raise DataError(
+                f"The longest prompt has {longest} tokens; with `max_completion_length` {room} "
+                f"that is more than the model's {limit} positions."
+            )
+        return lesson
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the means over all tokens since the last log."""
-        mode = "train" if self.model.training else "eval"
-        metrics, sums = self._metrics[mode], self._sums[mode]
-        if sums is not None:
-            self._sums[mode] = None
-            *totals, tokens, rows, all_tokens = sums.tolist()
-            for name, total in zip(MEANS, totals, strict=True):
-                metrics[name] = [total / tokens]
-            metrics["completion_length"] = [tokens / rows]
-            if mode == "train":
-                metrics["guided_share"] = [1 - tokens / all_tokens]
-                metrics["tokens_per_second"] = [all_tokens / sum(metrics["step_time"])]
-        super().log(logs, start_time)
+    def _checked(self, rows: Any) -> Any:
+        """Return the rows that have a teacher; raise for the first that cannot be used.
 
-    def _check_rows(self, rows: Any) -> None:
-        """Raise for the first row that cannot be used; a stream is checked as it is read."""
+        None for a stream, which is checked as it is read.
+        """
         if isinstance(rows, IterableDataset):
-            return
+            return None
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         batch *= self.accelerator.num_processes
         if len(rows) < batch:
@@ -422,37 +418,20 @@ class InverseQTrainer(DistillationTrainer):
                 f"A step takes {batch} prompts, but there are {len(rows)}. Give more, or lower "
                 "`per_device_train_batch_size` or `gradient_accumulation_steps`."
             )
+        taught = []
         for i, row in enumerate(rows):
             try:
-                lesson = self.teacher.lesson(self.student, row)
-                self._check_length(lesson)
+                if self._lesson(row).method is not None:
+                    taught.append(i)
             except DataError as error:
                 raise DataError(f"train_dataset[{i}]: {error}") from None
-            if lesson.method is not None:
-                self._taught.append(i)
-        if not self._taught:
+        if not taught:
             raise ConfigError(
                 "No row of `train_dataset` has a principle, and none is given for all."
             )
-
-    def _check_length(self, lesson: Lesson) -> None:
-        limit = self.student.max_positions
-        longest = max(map(len, [lesson.prompt, *lesson.branches]))
-        if limit is not None and longest + self.max_completion_length > limit:
-            raise DataError(
-                f"The longest prompt has {longest} tokens; with `max_completion_length` "
-                f"{self.max_completion_length} that is more than the model's {limit} positions."
-            )
+        return rows.select(taught) if hasattr(rows, "select") else [rows[i] for i in taught]
 
 
-def _divergences(policy: Tensor, teacher: Tensor, reference: Tensor) -> Tensor:
-    """Return sums over tokens: KL to the teacher, KL to the reference, entropy."""
-    log_p = policy.detach().float().log_softmax(-1)
-    p = log_p.exp()
-    minus_entropy = torch.linalg.vecdot(p, log_p).sum()
-    # KL(p || q) = sum p log p - sum p z_q + lse(z_q)
-    kls = [
-        minus_entropy - torch.linalg.vecdot(p, z).sum() + z.logsumexp(-1).sum()
-        for z in (teacher, reference)
-    ]
-    return torch.stack([*kls, -minus_entropy])
+def _as_it_is(rows: list[Any]) -> Any:
+    """Collate nothing: rows are sampled from before they are tensors."""
+    return rows

@@ -19,7 +19,6 @@ from trueline.types import Message, Request, SamplingParams
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
     from trueline.train.distil.teachers import Teacher
-    from trueline.train.distil.trainer import InverseQTrainer
 
 
 class HeldOut:
@@ -29,16 +28,15 @@ class HeldOut:
         items: Prompts, with what it takes to judge an answer.
         metric: "adherence" or "refusal".
         judge: One of `trueline.evals.judges`; None uses the items' patterns.
+        teacher: It knows what the student is shown.
         max_new_tokens: Of an answer.
     """
 
     def __init__(
-        self, items: Sequence[Item], metric: str, judge: Any, max_new_tokens: int = 64
+        self, items: Sequence[Item], metric: str, judge: Any, teacher: Teacher, max_new_tokens: int
     ) -> None:
         self.items, self.metric, self.judge = items, metric, judge
-        self.max_new_tokens = max_new_tokens
-        self.teacher: Teacher | None = None
-        """Of the trainer: it knows what the student is shown."""
+        self.teacher, self.max_new_tokens = teacher, max_new_tokens
 
     def __call__(self, model: LanguageModel) -> dict[str, float]:
         """Return the mean of each measure over the answers that the judge could read."""
@@ -53,22 +51,19 @@ class HeldOut:
                 means[name] = sum(values) / len(values)
         return means
 
-    def _messages(self, item: Item) -> str | list[Message]:
-        if self.teacher is None:
-            return item.prompt
+    def _messages(self, item: Item) -> list[Message]:
         principle = item.principle if self.teacher.takes_principle else None
         return self.teacher.student_messages({"prompt": item.prompt, "principle": principle})
 
 
 class Evaluation(TrainerCallback):
-    """Runs a judge before training, every `eval_steps` steps and at the end."""
+    """Logs `measure()` before training, every `eval_steps` steps and at the end.
 
-    def __init__(
-        self,
-        trainer: InverseQTrainer,
-        evaluate: Callable[[LanguageModel], Mapping[str, float]],
-    ) -> None:
-        self.trainer, self.evaluate = trainer, evaluate
+    What it returns is logged as `eval_NAME`; random states are given back as they were.
+    """
+
+    def __init__(self, trainer: Trainer, measure: Callable[[], Mapping[str, float]]) -> None:
+        self.trainer, self.measure = trainer, measure
         self.last = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -91,20 +86,12 @@ class Evaluation(TrainerCallback):
         self.last = state.global_step
         trainer = self.trainer
         if trainer.accelerator.is_main_process:
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            training = model.training
-            model.eval()
-            trainer.student.model = model
-            try:
-                with _same_random_numbers(), trainer._fast(model):
-                    found = self.evaluate(trainer.student)
-            finally:
-                model.train(training)
+            with _same_random_numbers():
+                found = self.measure()
             logs = {k if k.startswith("eval_") else f"eval_{k}": float(v) for k, v in found.items()}
-            # Past TRL's `log`, which would empty the means of the steps under way, and without
-            # the step's own log, if one is due, being taken for done.
+            # The step's own log, if one is due, is not to be taken for done.
             due = trainer.control.should_log
-            Trainer.log(trainer, logs)
+            trainer.log(logs)
             trainer.control.should_log = due
         trainer.accelerator.wait_for_everyone()
 

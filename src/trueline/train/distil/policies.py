@@ -1,0 +1,159 @@
+"""What a teacher says of given answers: its logits beside the reference's, and how far apart."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from trueline.engine.decoding import generate
+from trueline.engine.scoring import combined, forced_logits
+from trueline.errors import ConfigError
+from trueline.methods.inverse_q import floored
+from trueline.train.distil.teachers import Lesson, Teacher
+from trueline.types import Method, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trueline.models.load import LanguageModel
+
+DEFAULT_FLOOR = 1e-3
+"""Share of the reference mixed into a teacher that rules tokens out."""
+
+
+@torch.no_grad()
+def policies(
+    teacher: Teacher,
+    reference: LanguageModel,
+    lessons: Sequence[Lesson],
+    completions: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    floor: float | None = None,
+    batch_rows: int = 8,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (row, teacher logits, reference logits), each (time, vocab) in float32.
+
+    The reference is the start of the model at the student's own prompt. Branches that are equal
+    run once; at most `batch_rows` rows share a forward. No gradient.
+
+    Args:
+        teacher: Who teaches.
+        reference: The model with its adapter off, or its frozen start.
+        lessons: From `Teacher.lesson`.
+        completions: Token ids of the student's answers.
+        temperature: Divides all logits before the method combines them.
+        floor: Share of the reference mixed into the teacher, in [0, 1); None is `DEFAULT_FLOOR`
+            where the method rules tokens out, and 0 elsewhere.
+        batch_rows: See above.
+    """
+    for part in _parts(teacher, lessons, batch_rows):
+        runs = {key: None for i in part for key in _keys(teacher, lessons[i], i)}
+        logits: dict[_Key, Tensor] = {}
+        for place in {key[0] for key in runs}:
+            keys = [key for key in runs if key[0] == place]
+            model = reference if place == "reference" or teacher.tuned is None else teacher.tuned
+            found = forced_logits(
+                model, [key[2] for key in keys], [completions[key[1]] for key in keys]
+            )
+            logits.update(zip(keys, found, strict=True))
+        for i in part:
+            keys = _keys(teacher, lessons[i], i)
+            z_s = _tempered(logits[keys[0]], temperature)
+            method = lessons[i].method
+            if method is None:
+                yield i, z_s, z_s
+                continue
+            z = torch.stack([logits[key].to(z_s.device) for key in keys[1:]], 1)
+            z_star = combined(method, _tempered(z, temperature))
+            masked = rules_out(cast(Hashable, method), z.shape[1])
+            share = floor if floor is not None else DEFAULT_FLOOR if masked else 0.0
+            if masked and share == 0:
+                raise ConfigError(
+                    f'`floor` is 0, but teacher "{teacher.name}" rules tokens out: its divergence '
+                    f"is infinite. Give a `floor` such as {DEFAULT_FLOOR}, or no mask."
+                )
+            yield i, floored(z_star, z_s, share) if share else z_star, z_s
+
+
+_Key = tuple[str, int, tuple[int, ...]]
+"""A row of a forward: which model, which completion, after which prompt."""
+
+
+def _keys(teacher: Teacher, lesson: Lesson, row: int) -> list[_Key]:
+    """Return the forward rows of a lesson: the reference's, then each branch's."""
+    base = lesson.method.base_branches if lesson.method is not None else ()
+    tuned = teacher.tuned is not None and lesson.method is not None
+    places = ["tuned" if tuned and k not in base else "reference" for k in _range(lesson)]
+    branches = zip(places, lesson.branches, strict=True)
+    return [
+        ("reference", row, tuple(lesson.prompt)),
+        *((place, row, tuple(ids)) for place, ids in branches),
+    ]
+
+
+def _range(lesson: Lesson) -> range:
+    return range(len(lesson.branches))
+
+
+def _parts(teacher: Teacher, lessons: Sequence[Lesson], batch_rows: int) -> Iterator[list[int]]:
+    """Cut the rows into parts of at most `batch_rows` forward rows, one lesson at least."""
+    part: list[int] = []
+    size = 0
+    for i, lesson in enumerate(lessons):
+        rows = len(set(_keys(teacher, lesson, i)))
+        if part and size + rows > batch_rows:
+            yield part
+            part, size = [], 0
+        part, size = [*part, i], size + rows
+    if part:
+        yield part
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+@functools.lru_cache(maxsize=1024)
+def rules_out(method: Hashable, branches: int) -> bool:
+    """Return whether a method gives some tokens no probability, seen on random peaked logits."""
+    assert isinstance(method, Method)
+    logits = 8 * torch.randn(4, branches, 128, generator=torch.Generator().manual_seed(0))
+    return bool(method.combine(logits).isneginf().any())
+
+
+@torch.no_grad()
+def teacher_effect(
+    teacher: Teacher,
+    reference: LanguageModel,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    temperature: float = 1.0,
+    floor: float | None = None,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+) -> float:
+    """Return how far the teacher is from what the student is at the start, in nats a token.
+
+    The mean of KL(teacher || reference) over tokens that the reference itself samples, on those
+    rows that have a teacher of their own; nan if none has. 0 means that there is nothing to learn.
+    """
+    taught = [row for row in rows if teacher.row_method(row) is not None]
+    if not taught:
+        return float("nan")
+    lessons = [teacher.lesson(reference, row) for row in taught]
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
+    requests = [Request(teacher.student_messages(r), seed=seed + i) for i, r in enumerate(taught)]
+    answers = [c.token_ids for c in generate(reference, requests, sampling=sampling)]
+    total, count = 0.0, 0
+    for _, z_star, z_s in policies(
+        teacher, reference, lessons, answers, temperature=temperature, floor=floor
+    ):
+        log_q, log_r = z_star.log_softmax(-1), z_s.log_softmax(-1)
+        # KL(q || r) = sum_v q_v (log q_v - log r_v)
+        total += float((log_q.exp() * (log_q - log_r)).sum())
+        count += len(log_q)
+    return total / count

@@ -1,0 +1,172 @@
+"""Answers to learn from: the student's own, and a share that the teacher draws.
+
+Each answer has a seed of its own, made of the run's seed, the batch, the process and its place: the
+same whether a run was broken off, and whatever is drawn beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import floor
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trueline.engine.decoding import Decoder, Prompt
+from trueline.methods.plain import Plain
+from trueline.models.prompts import shared_length
+from trueline.train.distil.teachers import Lesson, Teacher
+from trueline.types import Method, SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trueline.models.load import LanguageModel
+
+Row = Mapping[str, Any]
+Taught = list[tuple[Lesson, list[int]]]
+"""Lessons with the answers that the teacher drew."""
+
+
+@dataclass
+class Samples:
+    """Answers of one part of an update, with what they are learned from."""
+
+    lessons: list[Lesson]
+    answers: list[list[int]]
+    measured: list[bool]
+    """Whether an answer counts in the logged means: the student's own do."""
+    old_logprobs: list[Tensor] = field(default_factory=list)
+    """Of the answers' tokens at the first use; empty before it."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(map(len, self.answers))
+
+    def parts(self, count: int) -> list[Samples]:
+        """Return the same answers in `count` parts of equal size."""
+        size = len(self.lessons) // count
+        cuts = [slice(i * size, (i + 1) * size) for i in range(count)]
+        return [Samples(self.lessons[c], self.answers[c], self.measured[c]) for c in cuts]
+
+
+def seed_of(*parts: int | str) -> int:
+    """Return a seed of 63 bits that its parts decide."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def own_answers(
+    student: LanguageModel,
+    lessons: Sequence[Lesson],
+    sampling: SamplingParams,
+    seeds: Sequence[int],
+) -> list[list[int]]:
+    """Return the student's answer to each lesson, from its whole distribution, in one batch."""
+    return _drawn(student, [[x.prompt] for x in lessons], [Plain()] * len(seeds), sampling, seeds)
+
+
+def taught_answers(
+    teacher: Teacher,
+    reference: LanguageModel,
+    lessons: Sequence[Lesson],
+    sampling: SamplingParams,
+    seeds: Sequence[int],
+) -> list[list[int]]:
+    """Return an answer to each lesson as the teacher draws it, in one batch.
+
+    A teacher of `checkpoints` draws with the tuned model alone.
+    """
+    if teacher.tuned is not None:
+        alone = [x.branches[:1] for x in lessons]
+        return _drawn(teacher.tuned, alone, [Plain()] * len(alone), sampling, seeds)
+    methods = [lesson.method or Plain() for lesson in lessons]
+    return _drawn(reference, [x.branches for x in lessons], methods, sampling, seeds)
+
+
+def _drawn(
+    model: LanguageModel,
+    rows: Sequence[list[list[int]]],
+    methods: Sequence[Method],
+    sampling: SamplingParams,
+    seeds: Sequence[int],
+) -> list[list[int]]:
+    """Decode one batch; what all rows of a method begin with is computed once."""
+    if not rows:
+        return []
+    prefixes: dict[tuple[Method, int], list[int]] = {}
+    for branches, method in zip(rows, methods, strict=True):
+        for place, ids in enumerate(branches):
+            known = prefixes.setdefault((method, place), ids)
+            # An only row shares nothing.
+            alone = known is ids
+            prefixes[method, place] = known if alone else known[: shared_length(known, ids)]
+    prompts = []
+    for branches, method, seed in zip(rows, methods, seeds, strict=True):
+        shared = [prefixes[method, k] for k in range(len(branches))]
+        starts = tuple(() if s is b else tuple(s) for s, b in zip(shared, branches, strict=True))
+        prompts.append(Prompt(branches, method, sampling, seed, starts))
+    return [answer.token_ids for answer in Decoder(model).collect(prompts)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many answers of each batch the teacher draws, and which batches share a pool.
+
+    The teacher is frozen, so the answers of some batches to come are drawn as one: about as many as
+    a batch has rows. A share of less than one row is made up over several batches.
+    """
+
+    share: float
+    """Answers a batch, perhaps less than one."""
+    every: int
+    """Batches that share a pool."""
+
+    @classmethod
+    def of(cls, guided: float, rows: int, *, stream: bool = False) -> Plan:
+        """Return the plan for batches of `rows` rows; a stream has only its batch."""
+        return cls(guided * rows, 1 if stream or guided == 0 else max(1, int(1 / guided)))
+
+    def first(self, batch: int) -> int:
+        """Return the first batch of the pool of this one."""
+        return batch - batch % self.every
+
+    def size(self, first: int) -> int:
+        """Return how many answers a pool has."""
+        return self._before(first + self.every) - self._before(first)
+
+    def taken(self, batch: int) -> slice:
+        """Return which of its pool's answers a batch takes."""
+        before = self._before(self.first(batch))
+        return slice(self._before(batch) - before, self._before(batch + 1) - before)
+
+    def _before(self, batch: int) -> int:
+        return floor(self.share * batch)
+
+
+class Guide:
+    """Hands out the teacher's answers batch by batch, from pools that `draw(rows, seeds)` fills."""
+
+    def __init__(self, plan: Plan, draw: Callable[[list[Row], list[int]], Taught]) -> None:
+        self.plan, self.draw = plan, draw
+        self._pool: tuple[int, Taught] = (-1, [])
+
+    def answers(self, batch: int, source: Any, *key: int) -> Taught:
+        """Return the lessons and answers of a batch.
+
+        Args:
+            batch: Its number.
+            source: Rows that have a teacher, by number; `key` and the pool choose among them.
+            *key: What else decides the choice and the draws: the run's seed, the process.
+        """
+        first = self.plan.first(batch)
+        if self._pool[0] != first:
+            count = self.plan.size(first) if len(source) else 0
+            chooser = torch.Generator().manual_seed(seed_of("rows", first, *key))
+            picks = torch.randint(len(source) or 1, (count,), generator=chooser).tolist()
+            seeds = [seed_of("teacher", first, i, *key) for i in range(count)]
+            self._pool = first, self.draw([source[i] for i in picks], seeds)
+        return self._pool[1][self.plan.taken(batch)]
