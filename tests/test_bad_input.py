@@ -64,7 +64,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "two questions": (("generate", "Hi", "Ho"), 'Unknown argument "Ho"'),
     "empty question": (("generate", ""), "The question is empty"),
     "blank question": (("generate", " \n"), "The question is empty"),
-    "half a character": (("generate", "\udcff"), "half of a surrogate pair"),
+    "half a character": (("generate", "\udcff"), "bytes that are no UTF-8"),
     "empty system": (("generate", "Hi", "--system", " "), "`--system` is empty"),
     # methods
     "unknown method": (("generate", "Hi", "--method", "linear-aligment"), '"linear-alignment"?'),

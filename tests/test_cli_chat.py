@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 
 import pytest
 from conftest import byte_tokenizer, random_model
 
-from trueline import LanguageModel, LinearAlignment, Plain, SamplingParams, generate, load_model
+from trueline import (
+    LanguageModel,
+    LinearAlignment,
+    Plain,
+    Request,
+    SamplingParams,
+    SelfCD,
+    generate,
+    load_model,
+)
 from trueline.cli import main
-from trueline.cli.chat import Chat, parse
+from trueline.cli.conversation import Chat, parse
+from trueline.cli.flow import Flow
 from trueline.engine.decoding import Decoder
 from trueline.errors import ConfigError
 from trueline.models.prompts import encode
@@ -96,6 +107,13 @@ def test_compare_shows_the_last_question(tiny, talk, monkeypatch):
         ("/temperature -1", "`temperature` must be a finite number of at least 0"),
         ("/max_new_tokens 1.5", '`max_new_tokens` must be a whole number, got "1.5"'),
         ("/compare", "There is no question yet"),
+        ("/retry", "There is no question yet"),
+        ("/undo", "There is no question yet"),
+        ("/save", "/save FILE"),
+        ("/save /no/such/folder/x", 'Cannot write "/no/such/folder/x"'),
+        ("/set principles a", '`principles` takes WEIGHT:TEXT, e.g. "1.5:Be brief.", got "a"'),
+        ("/set principles x:a", "`principles` takes WEIGHT:TEXT"),
+        ("/top_k 1e400", '`top_k` must be a whole number, got "1e400"'),
     ],
 )
 def test_a_bad_command_is_one_line_and_the_chat_goes_on(tiny, talk, line, fragment):
@@ -104,6 +122,81 @@ def test_a_bad_command_is_one_line_and_the_chat_goes_on(tiny, talk, line, fragme
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert fragment in err
+
+
+@pytest.mark.parametrize("bad", ["/set alpha 1e308", "/alpha inf", "/set principles a"])
+def test_a_value_out_of_range_keeps_the_conversation(tiny, talk, bad):
+    out, err = talk(MOON, "/method self-cd", bad, SUN)
+    first = generate(tiny, MOON, None, SHORT)[0].text
+    chat = [user(MOON), {"role": "assistant", "content": first}, user(SUN)]
+    assert out == f"{first}\n{generate(tiny, [chat], SelfCD(), SHORT)[0].text}\n"
+    assert [line.startswith("error: ") for line in err.splitlines()] == [False, True]
+
+
+def test_retry_draws_again_and_undo_takes_back(tiny, talk):
+    hot = SamplingParams(max_new_tokens=12, temperature=2.0)
+    options = ("--temperature", "2", "--max-new-tokens", "12")
+    out, _ = talk(MOON, "/retry", "/retry", options=options)
+    seeds = [Request(MOON, seed=seed) for seed in range(3)]
+    answers = [c.text for c in generate(tiny, seeds, None, hot)]
+    assert out == "".join(f"{text}\n" for text in answers)
+    assert len(set(answers)) == 3
+    out, err = talk(SUN, MOON, "/undo", "/undo", MOON)
+    assert out.endswith(generate(tiny, MOON, None, SHORT)[0].text + "\n")
+    assert err == f"(taken back: {MOON})\n(taken back: {SUN})\n"
+
+
+def test_an_answer_that_cannot_be_retried_stays(talk, tiny, capsys):
+    chat = Chat(Decoder(tiny, share_prefixes=False, keep_turns=True), "plain", {}, SHORT)
+    chat.handle(MOON)
+    before, chat.sampling = list(chat.turns), SamplingParams(max_new_tokens=1)
+    chat.method_name = "linear-alignment"  # which lacks its principle
+    chat.handle("/retry")
+    assert chat.turns == before
+    assert "needs `principle`" in capsys.readouterr().err
+
+
+def test_save_writes_a_row_and_replaces_nothing(tiny, talk, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = ("/system Be kind.", MOON, "/method self-cd", "/alpha 2", "/save talk.json")
+    out, err = talk(*lines, "/save talk.json")
+    row = json.loads((tmp_path / "talk.json").read_text())
+    assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
+    assert row["messages"][2]["content"] == out[:-1]
+    assert (row["method"]["name"], row["method"]["alpha"]) == ("self-cd", 2.0)
+    assert "1 questions and answers in talk.json" in err
+    assert err.endswith('error: File "talk.json" exists. Give another name.\n')
+
+
+def test_compare_of_a_text_is_not_kept(tiny, talk, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out, _ = talk("/method self-cd", f"/compare {SUN}", MOON)
+    plain, kept = (
+        generate(tiny, [q], m, SHORT)[0].text for q, m in ((SUN, None), (MOON, SelfCD()))
+    )
+    assert f"--- plain ---\n{plain}\n" in out
+    assert out.endswith(f"\n{kept}\n")
+
+
+def flowing(pieces, width):
+    file = io.StringIO()
+    flow = Flow(file, width)
+    for piece in pieces:
+        flow.write(piece)
+    flow.end()
+    return file.getvalue()
+
+
+def test_lines_break_at_words_on_a_terminal_only():
+    text = "The quick brown fox jumps over the lazy dog, again and again.\nNew line."
+    pieces = [text[i : i + 3] for i in range(0, len(text), 3)]
+    assert flowing(pieces, None) == text + "\n"
+    shown = flowing(pieces, 20)
+    assert max(map(len, (line.rstrip(" ") for line in shown.split("\n")))) <= 20
+    assert shown.replace("\n", "").replace(" ", "") == text.replace("\n", "").replace(" ", "")
+    assert "quick\n" not in shown
+    assert "again.\nNew line.\n" in shown
+    assert flowing(["日本語 日本語 日本語 日本語"], 20).count("\n") == 2
 
 
 def test_compare_needs_a_method(talk):
@@ -209,11 +302,13 @@ def test_the_store_does_not_grow_with_the_turns(tiny, capsys):
 
 
 def test_values_as_typed():
-    assert parse("ratio", "float", "inf") == float("inf")
-    assert parse("base", "bool", "on") is True
-    assert parse("principles", "pairs", "1:A. | -2:B: c") == (("A. ", 1.0), ("B: c", -2.0))
+    pairs = tuple[tuple[str, float], ...]
+    assert parse("norm", float, "inf") == float("inf")
+    assert parse("epsilon", float | None, "2") == 2.0
+    assert parse("base", bool, "on") is True
+    assert parse("principles", pairs, "1:A. | -2:B: c") == (("A.", 1.0), ("B: c", -2.0))
     with pytest.raises(ConfigError, match="`base` must be on or off"):
-        parse("base", "bool", "maybe")
+        parse("base", bool, "maybe")
 
 
 def test_options_on_the_command_line(tiny, talk):

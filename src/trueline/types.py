@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 ROLES = ("system", "user", "assistant")
+SEEDS = range(-(2**63), 2**63)
 
 
 class Message(TypedDict):
@@ -124,6 +125,12 @@ class Completion:
     branch_logprobs: list[float] | None = None
     """The same under the first branch alone, before the method."""
     trace: list[Any] = field(default_factory=list, repr=False)
+
+
+def check_seed(seed: object) -> None:
+    """Raise `ConfigError` unless the seed is a whole number that fits in 64 bits."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed not in SEEDS:
+        raise ConfigError(f"`seed` must be a whole number below 2^63, got {seed!r}.")
 
 
 def check_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Message]:

@@ -1,6 +1,4 @@
-"""The command line: parse, call, print. One module a command; heavy imports happen in its `run`.
-
-    trueline generate | chat | methods | inspect | demo | eval | report | train | export
+"""The command line: parse, call, print. One module a command, imported when it is asked for.
 
 Errors that Trueline raises on purpose are printed as `error: ...` with exit code 2.
 """
@@ -29,6 +27,7 @@ COMMANDS = {
     "export": "make one plain LoRA, or merged weights, of the adapters of several tasks",
     "report": "put runs of `trueline eval` side by side, as Markdown and HTML",
 }
+"""Name and summary of each command; its module in this package bears its name."""
 
 EXAMPLES = """examples:
   trueline generate "What is the moon?" --method linear-alignment --principle "Talk like a pirate."
@@ -36,10 +35,15 @@ EXAMPLES = """examples:
   trueline chat --principle "Answer in one sentence."
   trueline COMMAND --help
 """
+LONGEST = 400
+"""Characters of a message about what was typed."""
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are `ConfigError`s that suggest the option that was meant."""
+
+    words: Sequence[str] = ()
+    """What was typed: a method of the user's own brings options of its own."""
 
     def __init__(self, **options: object) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -61,11 +65,15 @@ class Parser(argparse.ArgumentParser):
         """Raise instead of printing the usage and exiting."""
         if wrong := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):
             raise ConfigError(f'Unknown command "{wrong[1]}".{suggestion(wrong[1], COMMANDS)}')
+        message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
         raise ConfigError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
 
 
-def build_parser() -> Parser:
-    """Return the parser with all commands; loads no torch."""
+def build_parser(words: Sequence[str] = (), *, complete: bool = False) -> Parser:
+    """Return the parser for what was typed: the options of that command alone, or of all.
+
+    Loads no torch, and of the commands' modules only the one that is needed.
+    """
     from trueline import __version__
 
     parser = Parser(
@@ -75,17 +83,30 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"trueline {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    asked = next((word for word in words if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"trueline.cli.{name}")
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=module.EXAMPLES,
-        )
-        module.add_arguments(sub)
-        sub.set_defaults(run=module.run, parser=sub)
+        about = f"{summary[0].upper()}{summary[1:]}."
+        sub = commands.add_parser(name, help=summary, description=about)
+        if complete or name == asked:
+            module = importlib.import_module(f"trueline.cli.{name}")
+            sub.epilog, sub.words = module.EXAMPLES, words
+            try:
+                module.add_arguments(sub)
+            except argparse.ArgumentError as error:  # two options of one name: a method's and ours
+                raise ConfigError(f"The method's {error}. Give that option another name.") from None
+            sub.set_defaults(run=module.run, parser=sub)
     return parser
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise `ConfigError` for bytes on the command line that are no text."""
+    for word in words:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(f"The command line has bytes that are no UTF-8: {word!r}.") from None
+        if "\0" in word:
+            raise ConfigError(f"The command line has a NUL: {word!r}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,9 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and goes on
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = build_parser().parse_args(argv)
-        args.argv = sys.argv[1:] if argv is None else list(argv)
+        check_words(words)
+        args = build_parser(words).parse_args(words)
+        args.argv = words
         return int(args.run(args) or 0)
     except TruelineError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trueline.cli.inspect import output_folder
+from trueline.cli.folders import output_folder
 
 if TYPE_CHECKING:
     from trueline.evals.statistics import Estimate

@@ -54,10 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_judge_options(part, name)
         if name != "judge":
             add_model_options(part)
-            add_method_options(part)
-            _take_ranges(part)
-            add_sampling_options(part)
-            _set_length(part)
+            add_method_options(part, {float: _values, int: _whole_values})
+            add_sampling_options(part, max_new_tokens=64)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -139,22 +137,6 @@ def _add_judge_options(parser: argparse.ArgumentParser, name: str) -> None:
     add("--judge-concurrency", type=int, default=8, metavar="N", help="requests at once (8)")
     add("--judge-prices", type=float, nargs=2, metavar=("IN", "OUT"),
         help="price of a million prompt and completion tokens, to count the cost")  # fmt: skip
-
-
-def _take_ranges(parser: argparse.ArgumentParser) -> None:
-    """Let every number of a method be a range or a list."""
-    for action in parser._actions:
-        if action.dest.startswith("method_") and action.type in (int, float):
-            action.type = _whole_values if action.type is int else _values
-            action.metavar = "X|A:B:STEP|A,B"
-
-
-def _set_length(parser: argparse.ArgumentParser, tokens: int = 64) -> None:
-    """Give `--max-new-tokens` the default of a measurement."""
-    for action in parser._actions:
-        if action.dest == "max_new_tokens":
-            old, action.default = action.default, tokens
-            action.help = str(action.help).replace(f"default {old}", f"default {tokens}")
 
 
 def _values(text: str, *, whole: bool = False) -> float | int | tuple[float | int, ...]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trueline.errors import ConfigError
+
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
     from trueline.records.runs import Run
@@ -70,3 +72,15 @@ def sources(args: argparse.Namespace) -> list[str]:
 def command(args: argparse.Namespace) -> str:
     """Return what the user typed."""
     return shlex.join(["trueline", *getattr(args, "argv", sys.argv[1:])])
+
+
+def output_folder(name: str) -> Path:
+    """Return the folder, made if need be; raise `ConfigError` if that cannot be."""
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write-test").touch()
+        (folder / ".write-test").unlink()
+    except OSError as error:
+        raise ConfigError(f'Cannot write into "{name}": {error}.') from None
+    return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -15,12 +14,11 @@ from trueline.cli.options import (
     add_model_options,
     add_sampling_options,
     load,
-    method_from,
-    sampling_from,
+    method_and_sampling,
 )
 from trueline.errors import ConfigError, DataError
-from trueline.records.data import SEEDS
-from trueline.types import Completion, Message, Method, Request
+from trueline.methods import describe_method
+from trueline.types import Completion, Message, Method, Request, SamplingParams, check_seed
 
 if TYPE_CHECKING:
     from trueline.engine.decoding import Decoder, Prompt, Step
@@ -58,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     """Answer the question, or hand a file over to `trueline.cli.rows`."""
-    if args.seed not in SEEDS:
-        raise ConfigError(f"`seed` must be a whole number below 2^63, got {args.seed}.")
+    check_seed(args.seed)
     if args.system is not None and not args.system.strip():
         raise ConfigError("`--system` is empty. Give it some text or leave it out.")
     if args.input is not None:
@@ -81,7 +78,7 @@ def run(args: argparse.Namespace) -> int | None:
 
 def answer(args: argparse.Namespace) -> None:
     """Answer one question."""
-    method, sampling = method_from(args), sampling_from(args)
+    method, sampling = method_and_sampling(args)
     messages: list[Message] = [{"role": "user", "content": question_of(args)}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
@@ -93,7 +90,7 @@ def answer(args: argparse.Namespace) -> None:
 
     decoder = Decoder(load(args), share_prefixes=False)
     if args.compare:
-        show_comparison(args, decoder, messages, method)
+        show_comparison(args, decoder, messages, method, sampling)
         return
     prompt = decoder.encode(Request(messages, method, sampling, args.seed))
     if args.json:
@@ -146,12 +143,16 @@ def show_json(args: argparse.Namespace, decoder: Decoder, prompt: Prompt) -> Non
 
 
 def show_comparison(
-    args: argparse.Namespace, decoder: Decoder, messages: list[Message], method: Method
+    args: argparse.Namespace,
+    decoder: Decoder,
+    messages: list[Message],
+    method: Method,
+    sampling: SamplingParams,
 ) -> None:
     """Print plain, prompted and aligned answers, side by side or as one JSON object."""
     from trueline.cli.compare import compare, layout
 
-    answers = compare(decoder, messages, method, sampling_from(args), args.seed)
+    answers = compare(decoder, messages, method, sampling, args.seed)
     if args.json:
         rows = {c.key: completion_fields(done, c.method, args.model) for c, done in answers}
         print(json.dumps({"question": messages[-1]["content"], **rows}, ensure_ascii=False))
@@ -178,6 +179,6 @@ def completion_fields(completion: Completion, method: Method, model: str) -> dic
 
 def method_fields(method: Method) -> dict[str, Any]:
     """Return the method's name and fields, as JSON: an infinite norm becomes "inf"."""
-    fields = {"name": method.name, **dataclasses.asdict(method)}  # type: ignore[call-overload]
+    fields = describe_method(method)
     infinite = (k for k, v in fields.items() if isinstance(v, float) and math.isinf(v))
     return fields | dict.fromkeys(infinite, "inf")

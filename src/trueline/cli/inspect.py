@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trueline.cli.folders import output_folder
 from trueline.cli.options import (
     add_method_options,
     add_model_options,
     add_sampling_options,
     load,
-    method_from,
-    sampling_from,
+    method_and_sampling,
 )
 from trueline.errors import ConfigError, check_number
-from trueline.records.data import SEEDS
-from trueline.types import Message, Method, SamplingParams
+from trueline.types import Message, Method, SamplingParams, check_seed
 
 if TYPE_CHECKING:
     from trueline.engine.trace import Comparison
@@ -46,10 +44,9 @@ def run(args: argparse.Namespace) -> None:
     """Decode the question with a trace and write the files."""
     from trueline.records.plots import draw_trace, need_matplotlib, render_page
 
-    method, sampling = method_from(args), sampling_from(args)
+    method, sampling = method_and_sampling(args)
     check_number("top", args.top, low=1, whole=True)
-    if args.seed not in SEEDS:
-        raise ConfigError(f"`seed` must be a whole number below 2^63, got {args.seed}.")
+    check_seed(args.seed)
     if sampling.n != 1:
         raise ConfigError(f"inspect shows one answer, got `--n` {sampling.n}. Leave it out.")
     need_matplotlib()
@@ -85,18 +82,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{flips} of {len(recording.tokens)} tokens flipped by {method.name}\n")
     for path in (page, figure, rows):
         print(path)
-
-
-def output_folder(name: str) -> Path:
-    """Return the folder, made if need be; raise `ConfigError` if that cannot be."""
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".write-test").touch()
-        (folder / ".write-test").unlink()
-    except OSError as error:
-        raise ConfigError(f'Cannot write into "{name}": {error}.') from None
-    return folder
 
 
 def describe(

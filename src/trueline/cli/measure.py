@@ -13,8 +13,7 @@ from trueline.cli.folders import command, finish, model_settings, run_folder, so
 from trueline.cli.options import load, parse_weighted
 from trueline.errors import ConfigError
 from trueline.methods import METHODS
-from trueline.records.data import SEEDS
-from trueline.types import SamplingParams
+from trueline.types import SamplingParams, check_seed
 
 if TYPE_CHECKING:
     from trueline.evals.items import Item
@@ -154,8 +153,7 @@ def fixed_fields(point: Point) -> dict[str, Any]:
 
 def base_sampling(args: argparse.Namespace, method: str) -> SamplingParams:
     """Return the sampling that all points share."""
-    if args.seed not in SEEDS:
-        raise ConfigError(f"`seed` must be a whole number below 2^63, got {args.seed}.")
+    check_seed(args.seed)
     names = ("max_new_tokens", "temperature", "top_k", "min_p", "repetition_penalty")
     given: dict[str, Any] = {name: getattr(args, name) for name in names}
     top_p = getattr(args, "method_top_p", 1.0)

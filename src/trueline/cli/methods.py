@@ -3,41 +3,57 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import textwrap
 
-from trueline.cli.options import field_docs
-from trueline.methods import METHODS
+from trueline.methods import METHODS, find_method
+from trueline.settings.options import options_of
 
 EXAMPLES = """examples:
   trueline methods
-  trueline methods --json
+  trueline methods self-cd --json
+  trueline methods my_method.py:MyMethod
 """
+REPEAT = """To repeat the papers' scripts exactly, add `--temperature 0.5 --top-k 1`: they divide
+the logits by 0.5 and take the likeliest token. Greedy decoding, the default here, divides by 1, so
+the candidates are another set."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object a method")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="these alone, also FILE.py:Class (all)")
+    add("--json", action="store_true", help="print one JSON object a method")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print every method."""
-    for name, cls in METHODS.items():
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        docs, options = field_docs(cls), []
-        for field in dataclasses.fields(cls):
-            required = field.default is dataclasses.MISSING
-            default = None if required else field.default
-            options.append((field.name, "required" if required else default, docs[field.name]))
+    """Print the methods."""
+    for name in args.names or METHODS:
+        cls = find_method(name)
+        options = options_of(cls)
+        summary = (cls.__doc__ or "").strip().split("\n")[0]
         if args.json:
-            listed = [{"name": n, "default": d, "help": h} for n, d, h in options]
-            row = {"name": name, "paper": cls.paper, "summary": summary, "options": listed}
-            print(json.dumps(row))
+            listed = [
+                {"name": o.name, "default": "required" if o.required else o.default, "help": o.doc}
+                for o in options
+            ]
+            paper = getattr(cls, "paper", "-")
+            row = {"name": name, "paper": paper, "summary": summary, "options": listed}
+            print(json.dumps(row, default=str))
             continue
-        print(f"{name}\n    {summary}\n    {cls.paper}")
-        for option, default, text in options:
-            shown = default if not isinstance(default, str) or len(default) < 40 else "see below"
-            print(f"      {option} = {shown}    {text}.")
-            if shown == "see below":
-                print(f'          "{default}"')
+        print(f"{name}\n    {summary}\n    {getattr(cls, 'paper', '-')}")
+        for o in options:
+            long = isinstance(o.default, str) and len(o.default) >= 40
+            shown = "required" if o.required else "see below" if long else o.default
+            print(_wrapped(f"{o.name} = {shown}    {o.doc}." if o.doc else f"{o.name} = {shown}"))
+            if long:
+                print(_wrapped(f'"{o.default}"', 10))
         print()
+    if not args.json:
+        print(REPEAT)
+
+
+def _wrapped(text: str, indent: int = 6) -> str:
+    rest = " " * max(indent, 10)
+    first, lines = " " * indent, textwrap.wrap(text, 92, replace_whitespace=False)
+    return "\n".join((first if i == 0 else rest) + line for i, line in enumerate(lines))

@@ -1,19 +1,30 @@
-"""Options that several commands share: the model, the method, the sampling."""
+"""Options that several commands share: the model, the method, the sampling.
+
+Those of methods and sampling are generated from their classes (`trueline.settings.options`); which
+of the two an option belongs to is decided by `trueline.methods.resolve` alone.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
+import itertools
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trueline.errors import ConfigError
-from trueline.methods import METHODS, make_method
+from trueline.methods import METHODS, find_method, resolve
+from trueline.settings.options import Option, options_of
 from trueline.types import Method, SamplingParams
 
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
     from trueline.models.source import ModelConfig
+
+METAVAR = {float: "X", int: "N", str: "TEXT"}
+LONGEST = 40
+"""Characters of a default that --help shows."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +32,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", default="tiny", help='folder, hub name, or "tiny", the bundled one (default)')
-    add("--adapter", metavar="DIR", help="folder or hub name of a PEFT adapter")
+    add("--adapter", metavar="DIR", help="folder or hub name of a PEFT adapter (none)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:0, mps")
-    add("--device-map", help='spread over devices, e.g. "auto"; needs accelerate')
+    add("--device-map", help='spread over devices, e.g. "auto"; needs accelerate (none)')
     add("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
-    add("--quantize", choices=("4bit", "8bit"), help="needs bitsandbytes")
-    add("--chat-template", metavar="FILE", help="Jinja file to use as the chat template")
+    add("--quantize", choices=("4bit", "8bit"), help="needs bitsandbytes (none)")
+    add("--chat-template", metavar="FILE", help="Jinja file to use as the chat template (its own)")
     add("--raw", action="store_true", help="send the prompt as it is, for base models")
-    add("--revision", help="branch, tag or commit on the hub")
+    add("--revision", help="branch, tag or commit on the hub (its newest)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--threads", type=int, help="CPU threads; default 1 for small models, else torch's choice")
+    add("--threads", type=int, metavar="N", help="CPU threads (1 for small models, else torch's)")
     add("--no-packed-weights", action="store_true", help="CPU: do not keep a faster weight copy")
 
 
@@ -51,107 +62,119 @@ def load(args: argparse.Namespace) -> LanguageModel:
     return model_config(args).load()
 
 
-def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--method` and one option for each field of each method, from the methods themselves."""
+def add_method_options(
+    parser: argparse.ArgumentParser, numbers: Mapping[type, Callable[[str], Any]] | None = None
+) -> None:
+    """Add `--method` and one option for each field of each method, from the methods themselves.
+
+    Where a method of the user's own is asked for, its options are added instead. `numbers` reads
+    what is typed for a float or an int in another way, e.g. as a range.
+    """
     group = parser.add_argument_group("method (see `trueline methods`)")
-    group.add_argument("--method", default=None, metavar="NAME", help=", ".join(METHODS))
-    for name, (users, doc, kind) in method_fields().items():
-        flag = "--" + name.replace("_", "-")
-        help_text = f"{doc.replace('%', '%%')} [{', '.join(users)}]"
-        extra: dict[str, Any] = {"dest": f"method_{name}", "default": argparse.SUPPRESS}
-        if kind == "bool":
-            group.add_argument(flag, action="store_true", help=help_text, **extra)
-        elif kind == "pairs":
-            metavar = "WEIGHT:TEXT"
-            group.add_argument(flag, nargs="+", metavar=metavar, help=help_text, **extra)
-        else:
-            types = {"float": float, "int": int, "str": str}
-            metavar = {"float": "X", "int": "N", "str": "TEXT"}[kind]
-            group.add_argument(flag, type=types[kind], metavar=metavar, help=help_text, **extra)
+    text = f"{', '.join(METHODS)}, or one of your own: FILE.py:Class or module:Class (plain, or"
+    group.add_argument("--method", metavar="NAME", help=f"{text} linear-alignment for a principle)")
+    for name, users in method_options(typed_method(getattr(parser, "words", ()))).items():
+        first = next(iter(users.values()))
+        text = f"{first.doc.split('. ')[0]} [{', '.join(map(_user, users, users.values()))}]"
+        _add(group, first, help=text.replace("%", "%%"), dest=f"method_{name}",
+             default=argparse.SUPPRESS, **_typed(first, numbers or {}))  # fmt: skip
 
 
-def method_fields() -> dict[str, tuple[list[str], str, str]]:
-    """Return name -> (methods that have it, first sentence of its docs, kind) for method fields."""
-    found: dict[str, tuple[list[str], str, str]] = {}
-    for method, cls in METHODS.items():
-        docs = field_docs(cls)
-        for field in dataclasses.fields(cls):
-            kind = str(field.type).split(" |")[0]
-            kind = "pairs" if kind.startswith("tuple") else kind
-            users = found.setdefault(field.name, ([], docs[field.name].split(". ")[0], kind))[0]
-            users.append(method)
+def typed_method(words: Sequence[str]) -> str | None:
+    """Return what stands behind `--method`, where it is a class of the user's own."""
+    joined = [word.removeprefix("--method=") for word in words if word.startswith("--method=")]
+    apart = [name for word, name in itertools.pairwise(words) if word == "--method"]
+    return next((name for name in [*apart, *joined] if ":" in name), None)
+
+
+def method_options(own: str | None = None) -> dict[str, dict[str, Option]]:
+    """Return option -> {method that has it: what it is there}, of all methods, or of `own`."""
+    found: dict[str, dict[str, Option]] = {}
+    for method, cls in {own: find_method(own)}.items() if own else METHODS.items():
+        for option in options_of(cls):
+            found.setdefault(option.name, {})[method] = option
     return found
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass, read from its source."""
-    import ast
-    import inspect
-    import textwrap
-
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    docs = {}
-    for node, after in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            text = after.value.value if isinstance(after, ast.Expr) else ""  # type: ignore[attr-defined]
-            docs[node.target.id] = " ".join(str(text).split()).rstrip(".")
-    return docs
+def _user(method: str, option: Option) -> str:
+    """Return a method's name with the option's default there."""
+    if option.required:
+        return f"{method}: required"
+    if option.default is None or option.default is False:
+        return f"{method}: none" if option.default is None else f"{method}: off"
+    shown = f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
+    return f"{method}: {shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + '…'}"
 
 
-def method_from(args: argparse.Namespace, default: str = "plain") -> Method:
-    """Return the method that the options describe; a principle alone means Linear Alignment."""
-    given = {k.removeprefix("method_"): v for k, v in vars(args).items() if k.startswith("method_")}
-    name = args.method or ("linear-alignment" if "principle" in given else default)
-    if name in METHODS and "top_p" not in METHODS[name].__dataclass_fields__:
-        given.pop("top_p", None)
-    if "principles" in given:
-        given["principles"] = tuple(map(parse_weighted, given["principles"]))
-    if {"epsilon", "ratio"} <= given.keys():
-        raise ConfigError("Give `--ratio` or `--epsilon`, not both.")
-    return make_method(name, given)
+def base_kind(kind: Any) -> Any:
+    """Return an annotation without None: float for `float | None`; tuple for any tuple or list."""
+    members = [m for m in typing.get_args(kind) if m is not type(None)]
+    if type(None) in typing.get_args(kind) and members:
+        kind = members[0]
+    origin = typing.get_origin(kind) or kind
+    return tuple if origin in (list, tuple) else origin
+
+
+def _typed(option: Option, numbers: Mapping[type, Callable[[str], Any]]) -> dict[str, Any]:
+    """Return how argparse reads an option."""
+    kind = base_kind(option.kind)
+    if kind is bool:
+        on = option.default is True
+        return {"action": argparse.BooleanOptionalAction if on else "store_true"}
+    if kind is tuple:
+        pairs = "tuple[str, float]" in str(option.kind)
+        return {"nargs": "+", "metavar": "WEIGHT:TEXT" if pairs else "TEXT"}
+    if kind in numbers:
+        return {"type": numbers[kind], "metavar": "X|A:B:STEP|A,B"}
+    return {"type": kind if kind in METAVAR else str, "metavar": METAVAR.get(kind, "TEXT")}
+
+
+def _add(group: Any, option: Option, **extra: Any) -> None:
+    group.add_argument("--" + option.name.replace("_", "-"), **extra)
 
 
 def parse_weighted(text: str) -> tuple[str, float]:
     """Return ("Be brief.", 1.5) for "1.5:Be brief."."""
-    match = re.match(r"\s*([^:]+):\s*(.+)", text, re.DOTALL)
+    weight, colon, principle = text.partition(":")
     try:
-        assert match is not None
-        return match[2], float(match[1])
-    except (AssertionError, ValueError):
-        raise ConfigError(
-            f'`--principles` takes WEIGHT:TEXT, e.g. "1.5:Be brief.", got "{text}".'
-        ) from None
+        if colon and principle.strip():
+            return principle.lstrip(), float(weight)
+    except ValueError:
+        pass
+    raise ConfigError(f'`principles` takes WEIGHT:TEXT, e.g. "1.5:Be brief.", got "{text}".')
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose tokens and stop; `--top-p` comes with the method options."""
+def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the options that choose tokens and stop, `defaults` other than those of the class."""
     group = parser.add_argument_group("sampling")
-    add = group.add_argument
-    defaults = SamplingParams()
-    docs = field_docs(SamplingParams)
-    for name, kind in (
-        ("max_new_tokens", int),
-        ("temperature", float),
-        ("top_k", int),
-        ("min_p", float),
-        ("repetition_penalty", float),
-        ("n", int),
-    ):
-        flag, default = "--" + name.replace("_", "-"), getattr(defaults, name)
-        text = f"{docs[name]} (default {default:g})"
-        add(flag, type=kind, default=default, metavar="X" if kind is float else "N", help=text)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end the text here; repeatable")
-    add("--logprobs", action="store_true", help=docs["logprobs"])
-    add("--seed", type=int, default=0, metavar="N", help="seed of the first row (default 0)")
+    known = parser._option_string_actions
+    for option in options_of(SamplingParams):
+        default, kind = defaults.get(option.name, option.default), base_kind(option.kind)
+        if f"--{option.name.replace('_', '-')}" in known:  # a method has it
+            continue
+        if kind is tuple:
+            text = "end the text here; repeatable (none)"
+            _add(group, option, action="append", default=[], metavar="TEXT", help=text)
+        elif kind is bool:
+            _add(group, option, action="store_true", help=option.doc)
+        else:
+            text = f"{option.doc} (default {default:g})"
+            _add(group, option, type=kind, default=default, metavar=METAVAR[kind], help=text)
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the first row (0)")
 
 
-def sampling_from(args: argparse.Namespace) -> SamplingParams:
-    """Return the sampling settings that the options describe."""
-    names = ("max_new_tokens", "temperature", "top_k", "min_p", "repetition_penalty", "n")
-    given = {name: getattr(args, name) for name in names}
-    name = args.method or ("linear-alignment" if hasattr(args, "method_principle") else "plain")
-    top_p = getattr(args, "method_top_p", 1.0)
-    if name in METHODS and "top_p" in METHODS[name].__dataclass_fields__:
-        top_p = 1.0
-    return SamplingParams(**given, top_p=top_p, stop=tuple(args.stop), logprobs=args.logprobs)
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the method and the sampling by name, `method` among them."""
+    found = {k.removeprefix("method_"): v for k, v in vars(args).items() if k.startswith("method_")}
+    if "principles" in found:
+        found["principles"] = tuple(map(parse_weighted, found["principles"]))
+    names = [f.name for f in dataclasses.fields(SamplingParams)]
+    found |= {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return found | ({"method": args.method} if args.method is not None else {})
+
+
+def method_and_sampling(
+    args: argparse.Namespace, default: str = "plain"
+) -> tuple[Method, SamplingParams]:
+    """Return the method and the sampling that the options describe."""
+    return resolve(given(args), default)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trueline.cli.folders import command, finish, model_settings, run_folder
-from trueline.cli.options import load, method_from
+from trueline.cli.options import load, method_and_sampling
 from trueline.errors import ConfigError, DataError
 
 Work = Callable[[Sequence[Any], int], Sequence[Mapping[str, Any]]]
@@ -86,7 +86,7 @@ def _implicit_reward(args: argparse.Namespace) -> None:
     from trueline.evals.preference import branch_weights, implicit_rewards, reward_accuracy
     from trueline.records.runs import digest
 
-    method = method_from(args, "linear-alignment")
+    method, _ = method_and_sampling(args, "linear-alignment")
     branch_weights(method, len(method.prompts([{"role": "user", "content": "?"}])))
     pairs = load_pairs(args.pairs)[: args.limit]
     model = load(args)

@@ -13,9 +13,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trueline.cli.options import load, method_from, sampling_from
+from trueline.cli.options import given, load
 from trueline.errors import ConfigError, DataError, check_number
-from trueline.methods import METHODS
+from trueline.methods import (
+    describe_method,
+    find_method,
+    method_name,
+    resolve,
+    with_options,
+)
 from trueline.records.data import (
     BadRow,
     PromptRow,
@@ -26,6 +32,7 @@ from trueline.records.data import (
     read_prompts,
     replace_file,
 )
+from trueline.settings.options import REQUIRED, option_defaults
 from trueline.types import Completion, Message, Method, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -41,8 +48,7 @@ def run_file(args: argparse.Namespace) -> int:
     check_number("batch_size", args.batch_size, low=1, whole=True)
     _check_paths(args)
     rows, bad = read_prompts(args.input)
-    method, needs_principle = _method(args, rows)
-    sampling = sampling_from(args)
+    method, sampling, needs_principle = _method(args, rows)
     rows, new = _split(rows, lambda row: _row_method(method, needs_principle, row))
     bad += new
     settings = _settings(args, method, needs_principle, sampling)
@@ -199,18 +205,18 @@ def _split(rows: Sequence[PromptRow], check: Any) -> tuple[list[PromptRow], list
     return good, bad
 
 
-def _method(args: argparse.Namespace, rows: Sequence[PromptRow]) -> tuple[Method, bool]:
-    """Return the run's method, and whether every row must bring the principle it lacks."""
+def _method(
+    args: argparse.Namespace, rows: Sequence[PromptRow]
+) -> tuple[Method, SamplingParams, bool]:
+    """Return the run's method and sampling, and whether each row must bring the principle."""
+    options, needed = given(args), False
     principle = next((row.principle for row in rows if row.principle is not None), None)
-    if args.method is None and principle is not None:
-        args.method = "linear-alignment"
-    name = args.method
-    fields = METHODS[name].__dataclass_fields__ if name in METHODS else {}
-    required = "principle" in fields and fields["principle"].default is dataclasses.MISSING
-    if principle is None or not required or hasattr(args, "method_principle"):
-        return method_from(args), False
-    given = argparse.Namespace(**vars(args) | {"method_principle": principle})
-    return method_from(given), True
+    if principle is not None:  # in a row it means what it means on the command line
+        name = options["method"] = method_name({"principle": principle, **options})
+        default = option_defaults(find_method(name)).get("principle")
+        needed = default is REQUIRED and "principle" not in options
+        options |= {"principle": principle} if needed else {}
+    return *resolve(options), needed
 
 
 def _row_method(method: Method, needs_principle: bool, row: PromptRow) -> Method:
@@ -221,7 +227,7 @@ def _row_method(method: Method, needs_principle: bool, row: PromptRow) -> Method
         return method
     if not hasattr(method, "principle"):
         raise DataError(f'has a "principle", but method "{method.name}" takes none.')
-    return dataclasses.replace(method, principle=row.principle)  # type: ignore[type-var]
+    return with_options(method, principle=row.principle)
 
 
 def _with_system(row: PromptRow, system: str | None) -> list[Message]:
@@ -241,7 +247,8 @@ def _settings(
     """Return what decides the bytes of the output, under the names that the user typed."""
     from trueline import __version__
 
-    fields = dataclasses.asdict(method)  # type: ignore[call-overload]
+    fields = describe_method(method)
+    name = fields.pop("name")
     if needs_principle:
         fields["principle"] = "from the rows"
     names = (
@@ -253,7 +260,7 @@ def _settings(
         "trueline": __version__,
         "input (sha256)": file_hash(args.input),
         **{name: getattr(args, name) for name in names},
-        "method": method.name,
+        "method": name,
         **{f"method.{name}": value for name, value in json.loads(json.dumps(fields)).items()},
         **json.loads(json.dumps(dataclasses.asdict(sampling))),
     }

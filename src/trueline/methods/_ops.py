@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+STRONGEST = 1e6
+"""Larger weights of a contrast leave the range of float32 logits."""
+
+
 def with_system(messages: Sequence[Message], text: str | None) -> list[Message]:
     """Return `messages` with `text` added to the caller's system message, after a blank line."""
     messages = list(messages)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from trueline.errors import ConfigError, check_number
-from trueline.methods._ops import extrapolate, plausible, restrict, with_system
+from trueline.methods._ops import STRONGEST, extrapolate, plausible, restrict, with_system
 from trueline.types import Message
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class AdaCD:
     """The system text that asks for a refusal."""
 
     def __post_init__(self) -> None:
-        check_number("ratio", self.ratio)
+        check_number("ratio", self.ratio, low=-STRONGEST, high=STRONGEST)
         check_number("threshold", self.threshold, low=0, high=1, low_open=True)
         check_number("plausibility", self.plausibility, low=0, high=1, low_open=True)
         if self.first_tokens is not None:

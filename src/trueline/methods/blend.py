@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from trueline.errors import ConfigError, check_number
-from trueline.methods._ops import nucleus, restrict, with_system
+from trueline.methods._ops import STRONGEST, nucleus, restrict, with_system
 from trueline.types import Message
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Blend:
         for text, weight in pairs:
             if not isinstance(text, str) or not text.strip():
                 raise ConfigError(f"A principle must be some text, got {text!r}.")
-            check_number(f"weight of {text!r}", weight)
+            check_number(f"weight of {text!r}", weight, low=-STRONGEST, high=STRONGEST)
         check_number("top_p", self.top_p, low=0, high=1, low_open=True)
 
     def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from trueline.errors import ConfigError, check_number
-from trueline.methods._ops import extrapolate, with_system
+from trueline.methods._ops import STRONGEST, extrapolate, with_system
 from trueline.types import Message
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Contrast:
     """Run the second branch with the model's adapter off."""
 
     def __post_init__(self) -> None:
-        check_number("guidance", self.guidance)
+        check_number("guidance", self.guidance, low=-STRONGEST, high=STRONGEST)
         for name in ("principle", "negative"):
             text = getattr(self, name)
             if text is not None and (not isinstance(text, str) or not text.strip()):

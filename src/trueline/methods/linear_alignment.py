@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from trueline.errors import ConfigError, check_number
-from trueline.methods._ops import extrapolate, nucleus, restrict, with_system
+from trueline.methods._ops import STRONGEST, extrapolate, nucleus, restrict, with_system
 from trueline.types import Message
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ class LinearAlignment:
     def __post_init__(self) -> None:
         if not isinstance(self.principle, str) or not self.principle.strip():
             raise ConfigError("`principle` is empty. State in words what the model is to follow.")
-        check_number("ratio", self.ratio)
+        check_number("ratio", self.ratio, low=-STRONGEST, high=STRONGEST)
         check_number("top_p", self.top_p, low=0, high=1, low_open=True)
         if self.epsilon is not None:
-            check_number("epsilon", self.epsilon, low=0)
+            check_number("epsilon", self.epsilon, low=0, high=STRONGEST)
         check_number("norm", self.norm, low=1, low_open=True, infinite=True)
 
     def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:

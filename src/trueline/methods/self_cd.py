@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from trueline.errors import ConfigError, check_number
-from trueline.methods._ops import extrapolate, plausible, restrict, with_system
+from trueline.methods._ops import STRONGEST, extrapolate, plausible, restrict, with_system
 from trueline.types import Message
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class SelfCD:
     """Contrast only the first so many tokens, then go on with the safety prompt alone."""
 
     def __post_init__(self) -> None:
-        check_number("alpha", self.alpha)
+        check_number("alpha", self.alpha, low=-STRONGEST, high=STRONGEST)
         if not isinstance(self.safety_prompt, str) or not self.safety_prompt.strip():
             raise ConfigError("`safety_prompt` is empty. Leave it out for the paper's kind.")
         if self.plausibility is not None:

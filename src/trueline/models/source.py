@@ -16,6 +16,8 @@ from trueline.records.runs import digest, folder_hash, model_hash
 
 SMALL = 100_000_000
 """Models with fewer parameters run fastest on one thread."""
+THREADS = 1024
+"""More CPU threads than any machine here has."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ModelConfig:
             elif not isinstance(value, str) and (value is not None or field == "name"):
                 raise ConfigError(f"`{field}` must be a path or a name, got {value!r}.")
         if self.threads is not None:
-            check_number("threads", self.threads, low=1, whole=True)
+            check_number("threads", self.threads, low=1, high=THREADS, whole=True)
 
     def load(self) -> LanguageModel:
         """Load the model and set the number of threads."""

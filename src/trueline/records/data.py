@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trueline.errors import ConfigError, DataError
-from trueline.types import Message, check_messages
+from trueline.types import SEEDS, Message, check_messages
 
 WRITTEN = (
     *("text", "token_ids", "finish_reason", "prompt_tokens", "samples"),
     *("logprobs", "branch_logprobs"),
 )
 """Fields that a run adds to its rows; a row that brings one of its own is refused."""
-SEEDS = range(-(2**63), 2**63)
 
 
 @dataclass(frozen=True)

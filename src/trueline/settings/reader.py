@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from trueline.errors import ConfigError, DataError, suggestion
 from trueline.records.data import shown
 from trueline.settings.annotations import Mismatch, Word, convert, describe, table_of
+from trueline.settings.options import field_docs
 
 C = TypeVar("C")
 
@@ -151,7 +152,7 @@ def explain(classes: Sequence[type]) -> list[tuple[str, str, str]]:
     """Return (name, default, what it is) of every setting, tables with dots."""
     rows = []
     for cls in classes:
-        hints, docs = typing.get_type_hints(cls), _docs(cls)
+        hints, docs = typing.get_type_hints(cls), field_docs(cls)
         for f in fields(cls):
             if (table := table_of(hints[f.name])) is not None:
                 rows += [(f"{f.name}.{name}", d, text) for name, d, text in explain([table])]
@@ -258,21 +259,3 @@ def _own(cls: type) -> set[str]:
         if c.__module__.split(".")[0] == root
         for name in vars(c).get("__annotations__", {})
     }
-
-
-def _docs(cls: type) -> dict[str, str]:
-    """Return the docstring under each field, of the class and of what it inherits."""
-    import ast
-    import inspect
-    import textwrap
-
-    docs: dict[str, str] = {}
-    for c in reversed(cls.__mro__[:-1]):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(c))).body[0]
-        assert isinstance(tree, ast.ClassDef)
-        for node, after in zip(tree.body, tree.body[1:], strict=False):
-            named = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-            said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if named and said:
-                docs[node.target.id] = str(after.value.value)  # type: ignore[attr-defined]
-    return docs
