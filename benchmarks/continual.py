@@ -1,4 +1,4 @@
-"""Eleven strategies of continual learning on a stream of ten real tasks, with one pretrained encoder.
+"""Eleven strategies of continual learning on a stream of ten real tasks, one pretrained encoder.
 
     python benchmarks/continual.py tune --protocol union       # settings, on validation rows alone
     python benchmarks/continual.py run --protocol union        # 3 orders x 3 seeds, on test rows
