@@ -20,7 +20,7 @@ from trueline.continual.strategies import make_strategy
 from trueline.continual.stream import StreamConfig, run_stream
 from trueline.continual.tasks import PromptForm, Task, union_of_labels
 from trueline.evals.statistics import Estimate
-from trueline.records.data import replace_file
+from trueline.records.disk import replace_file
 
 TASKS = ["MNLI", "CB", "WiC", "QQP", "IMDB", "yelp", "amazon", "SST-2", "dbpedia", "agnews"]
 """Of the 14 at hand those on which this model learns something; WiC stands for those on which it

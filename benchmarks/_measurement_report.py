@@ -8,11 +8,11 @@ from typing import Any
 
 from trueline.jobs.report import (
     markdown_table,
-    number,
     percent,
     point_table,
     recommendation_lines,
 )
+from trueline.records.style import decimal
 
 HEADINGS = {
     "frontier": "Frontier over alpha",
@@ -100,8 +100,8 @@ def _real(part: Mapping[str, Any]) -> list[str]:
         for point in row.get("points", ()):
             quality = point["quality"]
             shown = [f"{n.replace('_', ' ')} {percent(m)}" for n, m in point["measures"].items()]
-            cells = [point["label"], "; ".join(shown), number(quality["length"]["value"], 1)]
-            cells += [number(quality["repetition"]["value"], 3), number(quality["perplexity"])]
+            cells = [point["label"], "; ".join(shown), decimal(quality["length"]["value"], 1)]
+            cells += [decimal(quality["repetition"]["value"], 3), decimal(quality["perplexity"])]
             rows.append([*start, *cells, f"{row['seconds']:.0f}"])
         for name, value in row.get("numbers", {}).items():
             cells = ["-", f"{name} {percent(value)}", "-", "-", "-"]

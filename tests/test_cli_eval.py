@@ -267,7 +267,7 @@ def test_a_report_of_two_runs(swept, tmp_path, capsys):
     assert "<script" not in page
     assert "http" not in page.replace("data:", "")
     assert call("report", tmp_path) == 2
-    assert "results.json: cannot be read" in capsys.readouterr().err
+    assert "results.json: there is no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -416,17 +416,17 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes(prompts, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_done(prompts, tmp_path, capsys, monkeypatch):
-    from trueline.records.data import RowFile
+    from trueline.records.output_file import OutputFile
 
     out = tmp_path / "out.jsonl"
-    append = RowFile.append
+    append = OutputFile.append
 
     def interrupted(self, rows):
         append(self, rows)
         if self.done == 8:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(RowFile, "append", interrupted)
+    monkeypatch.setattr(OutputFile, "append", interrupted)
     assert call("--input", prompts, "--output", out, *SAMPLED) == 130
     assert "8 of 11 rows are in" in capsys.readouterr().err
     assert call("--input", prompts, "--output", out, *SAMPLED) == 0

@@ -11,7 +11,7 @@ import torch
 from trueline import LinearAlignment, SamplingParams, generate, load_model
 from trueline.cli import main
 from trueline.engine.trace import read_jsonl
-from trueline.records import plots
+from trueline.records import style
 
 QUESTION = "What is the capital of France?"
 PIRATE = "Talk like a pirate."
@@ -83,7 +83,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", [["inspect", QUESTION], ["demo"]])
 def test_missing_matplotlib_stops_before_any_work(tmp_path, capsys, monkeypatch, command):
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(style, "find_spec", lambda name: None)
     monkeypatch.setattr("trueline.models.load.load_model", pytest.fail)
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     assert "pip install 'trueline[plots]'" in capsys.readouterr().err

@@ -198,7 +198,7 @@ def test_the_card_says_what_was_trained_how_and_what_came_out(streamed, models, 
     assert 'library_name: "peft"' in front
     assert "base_model" not in front  # a folder of this machine has no name on the hub
     found = json.loads((streamed / "R.json").read_text())
-    kept = json.loads((streamed / "stream.json").read_text())["settings"]
+    kept = json.loads((streamed / "manifest.json").read_text())["settings"]
     assert body.startswith("\n# three sources\n")
     for part in (
         f"{models / 'llama'}, hash {kept['model']}", '"name": "o-lora", "lambda_1": 0.5',
@@ -292,7 +292,7 @@ def test_a_killed_stream_resumes_at_its_step_with_the_same_result(
     two, models, tmp_path, monkeypatch
 ):
     from trueline.continual import stream as continual
-    from trueline.records.training_folder import last_checkpoint, step_of
+    from trueline.records.checkpoints import last_checkpoint, step_of
 
     more = ("--model", models / "llama", "--batch-size", 4, "--rank", 2, "--threads", 1,
             "--evaluate-limit", 4, "--epochs", 20, "--save-steps", 10)  # fmt: skip
@@ -354,7 +354,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(two, models, tmp_path, monke
     monkeypatch.setattr("trueline.continual.stream.make_trainer", fails)
     assert train(two, models / "llama", folder, "--overwrite", "--seed", 3) == 130
     left = {p.name for p in folder.iterdir()}
-    assert left == {".lock", "notes.txt", "stages", "stream.json"}
+    assert left == {"notes.txt", "stages", "manifest.json"}
 
 
 # Export

@@ -93,8 +93,9 @@ def numbers(folder: Path) -> list[dict]:
 
 
 def test_a_run_leaves_weights_numbers_curves_and_all_that_repeats_it(trained, prompts):
-    kept = json.loads((trained / "run.json").read_text())
-    settings, results = kept["settings"], kept["results"]
+    kept = json.loads((trained / "manifest.json").read_text())
+    settings = kept["settings"]
+    results = json.loads((trained / "results.json").read_text())
     assert settings["config"]["principle"] == PIRATE
     assert settings["config"]["learning_rate"] == 2e-3  # that of small models
     assert settings["base"]["name"] == "tiny"
@@ -122,7 +123,7 @@ def test_every_step_is_logged(trained):
 
 
 def test_the_means_at_the_end_are_those_of_the_log(trained):
-    results = json.loads((trained / "run.json").read_text())["results"]
+    results = json.loads((trained / "results.json").read_text())
     steps = [row for row in log(trained) if "loss" in row]
     mean = sum(row["kl_to_teacher"] for row in steps) / 4
     assert results["kl_to_teacher, mean of the last 4 logged"] == pytest.approx(mean)
@@ -158,7 +159,7 @@ def test_the_kept_configuration_makes_the_same_run(trained, tmp_path):
 def test_the_command_line_goes_before_the_file(trained, tmp_path):
     argv = ("train", "inverse-q", "--config", trained / "config.toml", "--output", tmp_path / "b")
     assert call(*argv, "--steps", 1, "--set", "learning_rate=1e-5", "lora.rank=2") == 0
-    config = json.loads((tmp_path / "b" / "run.json").read_text())["settings"]["config"]
+    config = json.loads((tmp_path / "b" / "manifest.json").read_text())["settings"]["config"]
     assert (config["max_steps"], config["learning_rate"]) == (1, 1e-5)
     assert config["lora"]["rank"] == 2
     assert all(t.shape[0] == 2 for k, t in weights(tmp_path / "b").items() if "lora_A" in k)
@@ -229,7 +230,7 @@ def test_all_weights_can_be_trained(prompts, tmp_path):
         for a, b in zip(start.model.parameters(), end.model.parameters(), strict=True)
     ]
     assert 0 < max(moved) < 1e-2
-    config = json.loads((folder / "run.json").read_text())["settings"]["config"]
+    config = json.loads((folder / "manifest.json").read_text())["settings"]["config"]
     assert "lora" not in config
     # and its own configuration is accepted again
     argv = ("train", "inverse-q", "--config", folder / "config.toml", "--output", folder)
@@ -239,7 +240,7 @@ def test_all_weights_can_be_trained(prompts, tmp_path):
 def test_a_run_stopped_by_its_budget_says_so(prompts, tmp_path):
     more = ("--steps", 9, "--learning-rate", "2e-2", "--kl-budget", "0.001")
     assert distil(prompts, tmp_path / "run", *more) == 0
-    results = json.loads((tmp_path / "run/run.json").read_text())["results"]
+    results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["steps"] < 9
     assert results["stopped by kl_budget, at a KL to the start of"] > 0.001
 
@@ -313,8 +314,8 @@ def test_an_unfinished_run_wants_resume(trained, tmp_path, capsys):
 
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
-    kept = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**kept, "results": None}))
+    kept = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**kept, "finished": False}))
     shutil.rmtree(folder / "checkpoints/checkpoint-4")
     (folder / "checkpoints/checkpoint-3").mkdir()  # a kill while it was written
     (folder / "adapter_model.safetensors").unlink()
@@ -324,7 +325,7 @@ def test_an_unfinished_run_wants_resume(trained, tmp_path, capsys):
     assert call(*argv, "--resume") == 0
     assert same(trained, folder)
     assert numbers(trained) == numbers(folder)
-    assert json.loads((folder / "run.json").read_text())["sessions"][-1]["from_step"] == 2
+    assert json.loads((folder / "manifest.json").read_text())["sessions"][-1]["from_step"] == 2
 
 
 @pytest.mark.slow
@@ -348,7 +349,7 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(prompts, held_out, tmp_path
         killed.append(run.wait())
         run.stderr.close()
     assert killed == [-signal.SIGKILL] * 2
-    assert json.loads((broken / "run.json").read_text())["results"] is None
+    assert not json.loads((broken / "manifest.json").read_text())["finished"]
     done = subprocess.run(
         [*command, "--output", str(broken), "--resume"], capture_output=True, text=True
     )
@@ -473,7 +474,7 @@ def test_a_stream_keeps_adapters_scores_and_settings(streamed, tmp_path, capsys)
     found = json.loads((streamed / "R.json").read_text())
     assert found["finished"]
     assert [len(row) for row in found["R"]] == [2, 2]
-    settings = json.loads((streamed / "stream.json").read_text())["settings"]
+    settings = json.loads((streamed / "manifest.json").read_text())["settings"]
     assert settings["strategy"]["lambda_1"] == 2
     assert (settings["config"]["rank"], settings["config"]["batch_size"]) == (4, 4)
     again = ("train", "o-lora", "--config", streamed / "config.toml", "--output", tmp_path / "b")
@@ -607,7 +608,7 @@ def test_a_setting_out_of_range_is_one_line(argv, wanted, prompts, tmp_path, cap
     err = capsys.readouterr().err
     assert wanted in err
     assert len(err.strip().splitlines()) == 1
-    assert not (folder / "run.json").exists()
+    assert not (folder / "manifest.json").exists()
 
 
 def test_a_row_that_does_not_fit_the_model_is_named_by_its_line(tmp_path, capsys):
@@ -638,25 +639,63 @@ def test_list_settings_names_every_setting(capsys):
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
-    from trueline.records.training_folder import RunFolder
+    from trueline.records.run_folder import RunFolder
 
-    first = RunFolder(tmp_path / "run", {"a": 1})
+    first = RunFolder(tmp_path / "run", "k", {"a": 1})
     with pytest.raises(ConfigError, match="Another run is writing"):
-        RunFolder(tmp_path / "run", {"a": 1})
+        RunFolder(tmp_path / "run", "k", {"a": 1})
     first.close()
-    RunFolder(tmp_path / "run", {"a": 1}).close()
+    RunFolder(tmp_path / "run", "k", {"a": 1}).close()
 
 
-def test_only_a_whole_checkpoint_is_gone_on_from(tmp_path):
-    from trueline.records.training_folder import last_checkpoint
+def checkpoint(folder: Path, step: int) -> Path:
+    """A checkpoint with what a trainer writes, by torch and safetensors."""
+    import torch
+    from safetensors.torch import save_file
 
-    files = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-    for step, names in ((9, files), (10, files), (11, files[:2]), (12, files[1:]), (13, files)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        for name in names:
-            (tmp_path / f"checkpoint-{step}" / name).write_text("{}" if step < 13 else "{")
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"step": step, "state": torch.arange(50.0)}, path / name)
+    save_file({"w": torch.ones(9)}, path / "adapter_model.safetensors")
+    (path / "trainer_state.json").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+     "adapter_model.safetensors"],
+)  # fmt: skip
+def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path, name):
+    from trueline.records.checkpoints import broken_checkpoints, last_checkpoint
+
+    checkpoint(tmp_path, 9)
+    path = checkpoint(tmp_path, 10) / name
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert len(list(tmp_path.iterdir())) == 5
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for content in (b"", b"junk", whole[:-1]):
+        path.write_bytes(content)
+        assert last_checkpoint(tmp_path).name == "checkpoint-9", content[:9]
+        assert broken_checkpoints(tmp_path) == [f"checkpoint-10/{name}"]
+    if name.endswith((".pt", ".pth")):  # these have checksums
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        assert last_checkpoint(tmp_path).name == "checkpoint-9"
+    path.unlink()
+    there = name in ("rng_state.pth", "adapter_model.safetensors")
+    assert last_checkpoint(tmp_path).name == f"checkpoint-{10 if there else 9}"
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_removed_without_a_word(tmp_path):
+    from trueline.records.checkpoints import broken_checkpoints, last_checkpoint
+
+    checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 10)
+    (checkpoint(tmp_path, 11) / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert broken_checkpoints(tmp_path) == []
+    assert len(list(tmp_path.iterdir())) == 3
     last_checkpoint(tmp_path, remove=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
@@ -667,7 +706,7 @@ def test_rows_bring_their_principle_and_an_empty_one_stays_empty(tmp_path):
     texts = [{"prompt": "a"}, {"prompt": "b", "principle": "Be kind."},
              {"messages": [{"role": "user", "content": "c"}], "principle": "", "system": "s"},
              {"prompt": "d", "principle": "  "}]  # fmt: skip
-    rows, bad = read_rows(str(write(tmp_path / "p.jsonl", texts)))
+    rows, bad, _ = read_rows(str(write(tmp_path / "p.jsonl", texts)))
     assert [row["principle"] for row in rows] == [None, "Be kind.", ""]
     assert [m["content"] for m in rows[2]["prompt"]] == ["s", "c"]
     assert [(b.line, b.error[:27]) for b in bad] == [(4, 'field "principle" is empty.')]
@@ -675,9 +714,9 @@ def test_rows_bring_their_principle_and_an_empty_one_stays_empty(tmp_path):
 
 
 def test_weights_are_put_into_place_whole(tmp_path):
-    from trueline.records.training_folder import RunFolder
+    from trueline.records.run_folder import RunFolder
 
-    run = RunFolder(tmp_path / "run", {})
+    run = RunFolder(tmp_path / "run", "k", {})
     (run.folder / "w").write_text("old")
 
     def fails(path: str) -> None:
@@ -687,7 +726,8 @@ def test_weights_are_put_into_place_whole(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         run.put(fails)
     assert (run.folder / "w").read_text() == "old"
-    run.put(lambda path: [Path(path, n).write_text("new") for n in ("w", "README.md")])
+    both = ("w", "README.md")
+    run.put(lambda p: [Path(p, n).write_text("new") for n in both], keep=("README.md",))
     assert (run.folder / "w").read_text() == "new"
     assert not (run.folder / "README.md").exists()  # another library's card
     assert run.files == ["w"]
@@ -716,9 +756,9 @@ def test_a_rank_is_rounded_up_to_one_that_vllm_serves():
 
 
 def test_only_the_first_of_several_processes_writes(tmp_path):
-    from trueline.records.training_folder import RunFolder
+    from trueline.records.run_folder import RunFolder
 
-    other = RunFolder(tmp_path / "run", {}, main=False)
+    other = RunFolder(tmp_path / "run", "k", {}, main=False)
     assert not (tmp_path / "run").exists()
     other.close()
 

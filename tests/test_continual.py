@@ -504,7 +504,7 @@ def test_a_folder_of_another_run_is_refused_and_overwritten_on_demand(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "keep"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
-    with pytest.raises(ConfigError, match="holds other things"):
+    with pytest.raises(ConfigError, match="holds no run but file"):
         run(tmp_path / "other", tasks=TASKS[:1])
 
 
@@ -519,7 +519,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path):
         run(tmp_path, tasks=[TASKS[0], TASKS[0]])
     with pytest.raises(ConfigError, match='Did you mean "offered"'):
         StreamConfig(scoring="offerd")
-    assert not (tmp_path / "stream.json").exists()
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_figures_are_drawn(tmp_path):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from trueline.errors import ConfigError, DataError
-from trueline.records.data import RowFile, check_settings, read_jsonl, read_prompts
+from trueline.records.lines import read_jsonl
+from trueline.records.output_file import OutputFile, kept_settings
+from trueline.records.prompt_rows import read_prompts
 
 
 def write(path: Path, *lines: str | bytes) -> Path:
@@ -68,7 +70,8 @@ BAD = {
 @pytest.mark.parametrize(("line", "reason"), BAD.items(), ids=BAD.values())
 def test_a_bad_row_is_reported_with_its_line(tmp_path, line, reason):
     path = write(tmp_path / "a.jsonl", '{"prompt": "good"}', line, '{"prompt": "good"}')
-    rows, bad = read_prompts(path)
+    given = read_prompts(path)
+    rows, bad = given.rows, given.bad
     assert [row.line for row in rows] == [1, 3]
     assert [b.line for b in bad] == [2]
     assert reason in bad[0].error
@@ -81,7 +84,8 @@ def test_rows_keep_what_they_bring(tmp_path):
         '{"id": "b", "messages": [{"role": "user", "content": "A"}, '
         '{"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}]}',
     )
-    (first, second), bad = read_prompts(path)
+    given = read_prompts(path)
+    (first, second), bad = given.rows, given.bad
     assert not bad
     assert first.messages == [
         {"role": "system", "content": "Be kind."},
@@ -95,7 +99,8 @@ def test_rows_keep_what_they_bring(tmp_path):
 
 def test_ids_are_unique_and_a_number_is_no_string(tmp_path):
     lines = ('{"prompt": "a", "id": "2"}', '{"prompt": "b"}', '{"prompt": "c", "id": 2}')
-    rows, bad = read_prompts(write(tmp_path / "a.jsonl", *lines))
+    given = read_prompts(write(tmp_path / "a.jsonl", *lines))
+    rows, bad = given.rows, given.bad
     assert [row.fields["id"] for row in rows] == ["2", 2]
     assert [(b.line, b.error) for b in bad] == [(3, "duplicate id 2, first seen on line 2.")]
 
@@ -124,7 +129,7 @@ def row(i: int) -> dict[str, object]:
 
 def run(path: Path, settings: dict[str, object], total: int = 7, size: int = 2) -> int:
     """Write what is missing; return how many rows were there."""
-    output = RowFile(path, settings, list(range(total)), size)
+    output = OutputFile(path, settings, list(range(total)), size)
     already = output.done
     for first in range(already, total, size):
         output.append(row(i) for i in range(first, min(first + size, total)))
@@ -154,8 +159,8 @@ def test_an_output_of_another_run_is_left_alone(tmp_path):
         run(path, {"seed": 1, "model": "tiny"})
     assert path.read_bytes() == whole
     assert Path(f"{path}.run.json").read_bytes() == sidecar
-    assert check_settings(path, {"seed": 0, "model": "tiny"})["rows"] == 7
-    output = RowFile(path, {"seed": 1}, [0], 2, overwrite=True)
+    assert kept_settings(path, {"seed": 0, "model": "tiny"})["rows"] == 7
+    output = OutputFile(path, {"seed": 1}, [0], 2, overwrite=True)
     assert (output.done, path.read_bytes()) == (0, b"")
     output.close()
 
@@ -187,9 +192,9 @@ def test_a_row_that_the_run_did_not_write(tmp_path, line):
 def test_two_runs_cannot_write_to_one_file(tmp_path):
     pytest.importorskip("fcntl", reason="locks files where the system has fcntl")
     path = tmp_path / "out.jsonl"
-    output = RowFile(path, {}, [0], 2)
+    output = OutputFile(path, {}, [0], 2)
     with pytest.raises(ConfigError, match="Another run is writing"):
-        RowFile(path, {}, [0], 2)
+        OutputFile(path, {}, [0], 2)
     output.close()
 
 

@@ -11,8 +11,9 @@ import pytest
 from trueline import ConfigError, DataError, SamplingParams
 from trueline.evals import items, metrics, sweep
 from trueline.jobs import report
-from trueline.records import runs
-from trueline.records.runs import Rows, Run
+from trueline.records import hashes
+from trueline.records.lines import Rows, plain
+from trueline.records.run_folder import RunFolder
 
 SAMPLING = SamplingParams(max_new_tokens=8)
 
@@ -204,13 +205,19 @@ def test_nan_and_odd_line_ends_survive(tmp_path):
 # Run folders
 
 
+def taken(path, kind, settings, **options):
+    run = RunFolder(path, kind, settings, **options)
+    run.start()
+    return run
+
+
 def test_another_runs_folder_is_refused_with_what_differs(tmp_path):
-    Run(tmp_path / "run", "refusal", {"model": {"name": "tiny", "hash": "1"}, "seed": 0}).close()
-    Run(tmp_path / "run", "refusal", {"model": {"name": "tiny", "hash": "1"}, "seed": 0}).close()
+    taken(tmp_path / "run", "refusal", {"model": {"name": "tiny", "hash": "1"}, "seed": 0}).close()
+    taken(tmp_path / "run", "refusal", {"model": {"name": "tiny", "hash": "1"}, "seed": 0}).close()
     other = {"model": {"name": "tiny", "hash": "2"}, "seed": 1}
     with pytest.raises(ConfigError, match=r'model\.hash was "1", now "2"; seed was 0, now 1'):
-        Run(tmp_path / "run", "refusal", other)
-    Run(tmp_path / "run", "refusal", other, overwrite=True).close()
+        RunFolder(tmp_path / "run", "refusal", other)
+    taken(tmp_path / "run", "refusal", other, overwrite=True).close()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["settings"]["seed"] == 1
 
@@ -219,31 +226,104 @@ def test_a_folder_with_other_things_is_refused_and_kept(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match=r"thesis\.tex"):
-            Run(tmp_path, "refusal", {}, overwrite=overwrite)
+            RunFolder(tmp_path, "refusal", {}, overwrite=overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_two_processes_cannot_write_one_run(tmp_path):
-    run = Run(tmp_path / "run", "refusal", {})
-    with pytest.raises(ConfigError, match="Another run is writing"):
-        Run(tmp_path / "run", "refusal", {})
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(tmp_path):
+    run = taken(tmp_path / "run", "refusal", {})
+    run.write("results.md", "old")
+    run.subfolder("stages")
     run.close()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    held = RunFolder(tmp_path / "run", "refusal", {}, overwrite=True)
+    assert (tmp_path / "run" / "results.md").read_text() == "old"  # until the run starts
+    held.start()
+    held.close()
+    left = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert left == ["manifest.json", "thesis.tex"]
+
+
+def test_a_run_of_another_kind_is_not_overwritten(tmp_path):
+    taken(tmp_path / "run", "distilled", {}).close()
+    with pytest.raises(ConfigError, match='another kind, "distilled"'):
+        RunFolder(tmp_path / "run", "refusal", {}, overwrite=True)
+
+
+def test_two_processes_cannot_write_one_run_and_nothing_is_removed_meanwhile(tmp_path):
+    run = taken(tmp_path / "run", "refusal", {})
+    run.rows("responses.jsonl").compute("k", [1, 2], 2, double)
+    before = (tmp_path / "run" / "responses.jsonl").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="Another run is writing"):
+            RunFolder(tmp_path / "run", "refusal", {}, overwrite=overwrite)
+    run.close()
+    assert (tmp_path / "run" / "responses.jsonl").read_bytes() == before
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_folder_that_was_made_and_no_more_is_the_next_runs(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".manifest.json.part").write_text('{"sett')
+    (folder / "checkpoints").mkdir()
+    run = taken(folder, "refusal", {}, resume=False)
+    run.close()
+    assert json.loads((folder / "manifest.json").read_text())["settings"] == {"kind": "refusal"}
+
+
+def test_a_run_that_never_started_leaves_no_folder(tmp_path):
+    RunFolder(tmp_path / "run", "refusal", {}).close()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "null", '{"settings": []}', '{"settings": {}, "files": [1]}',
+     '{"settings": {}, "sessions": 3}', '{"settings": {}, "facts": []}'],
+)  # fmt: skip
+def test_a_manifest_that_no_run_wrote_is_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ConfigError, match="Cannot read"):
+        RunFolder(tmp_path, "refusal", {})
+
+
+def test_a_link_in_the_folder_is_not_followed(tmp_path):
+    other = tmp_path / "other"
+    other.write_text("mine")
+    run = taken(tmp_path / "run", "refusal", {})
+    for name in ("responses.jsonl", "results.md", ".manifest.json.part", ".lock"):
+        (run.folder / name).unlink(missing_ok=True)
+        (run.folder / name).symlink_to(other)
+    with pytest.raises(ConfigError, match="is a link"):
+        run.rows("responses.jsonl")
+    with pytest.raises(ConfigError, match="is a link"):
+        run.write("results.md", "new")
+    run.note({"seconds": 1})
+    run.close()
+    assert other.read_text() == "mine"
+    (run.folder / ".lock").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="Cannot write"):
+        RunFolder(tmp_path / "run", "refusal", {})
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_plain_json_has_no_nan():
-    assert runs.plain({"a": [math.nan, math.inf, (1, 0.5)]}) == {"a": [None, "inf", [1, 0.5]]}
+    assert plain({"a": [math.nan, math.inf, (1, 0.5)]}) == {"a": [None, "inf", [1, 0.5]]}
 
 
 def test_model_hash_follows_the_weights(llama, tmp_path):
-    first = runs.model_hash(llama)
+    first = hashes.model_hash(llama)
     weight = llama.model.get_input_embeddings().weight.data
     weight[0, 0] += 1
-    assert runs.model_hash(llama) != first
+    assert hashes.model_hash(llama) != first
     weight[0, 0] -= 1
     (tmp_path / "config.json").write_text("{}")
-    before = runs.model_hash(llama, tmp_path)
+    before = hashes.model_hash(llama, tmp_path)
     (tmp_path / "config.json").write_text("{ }")
-    assert runs.model_hash(llama, tmp_path) != before
+    assert hashes.model_hash(llama, tmp_path) != before
 
 
 # Measures

@@ -11,10 +11,13 @@ from html.parser import HTMLParser
 import pytest
 
 from trueline import ConfigError
+from trueline.engine import trace_page
 from trueline.engine.trace import Alternative, BranchTrace, Comparison, Recording, TokenTrace
+from trueline.engine.trace_page import draw_trace, render_page
 from trueline.evals.statistics import rate
+from trueline.jobs import demo_figure
 from trueline.jobs.demo import Adherence, Refusal
-from trueline.records import plots
+from trueline.records import style
 
 EVIL = "<script>alert('x')</script>\"& $x$ {{ 7 * 7 }}"
 CHOICES = (Alternative(1, EVIL, 0.75), Alternative(2, " b", 0.0001))
@@ -50,7 +53,7 @@ class Elements(HTMLParser):
 
 
 def test_nothing_that_a_model_or_user_writes_becomes_markup():
-    page = plots.render_page(recording(token(0, EVIL)), EVIL, [(EVIL, EVIL)])
+    page = render_page(recording(token(0, EVIL)), EVIL, [(EVIL, EVIL)])
     seen = Elements(page)
     tags = {tag for tag, _ in seen.elements}
     assert "script" not in tags
@@ -61,13 +64,13 @@ def test_nothing_that_a_model_or_user_writes_becomes_markup():
 
 
 def test_the_page_needs_nothing_from_outside():
-    page = plots.render_page(recording(token(0)), "Why?", [])
+    page = render_page(recording(token(0)), "Why?", [])
     assert not re.search(r"https?:|url\(|@import|src=|href=", page)
     assert "default-src 'none'" in page
 
 
 def test_every_token_can_be_focused_and_names_its_details():
-    page = plots.render_page(recording(*(token(i) for i in range(3))), "Why?", [])
+    page = render_page(recording(*(token(i) for i in range(3))), "Why?", [])
     spans = [a for _, a in Elements(page).elements if "aria-describedby" in a]
     assert [a["tabindex"] for a in spans] == ["0"] * 3
     ids = [a["id"] for _, a in Elements(page).elements if a.get("role") == "tooltip"]
@@ -75,18 +78,18 @@ def test_every_token_can_be_focused_and_names_its_details():
 
 
 def test_flipped_tokens_are_marked_and_coloured_by_kl():
-    page = plots.render_page(recording(token(0, kl=10, flipped=True), token(1, kl=0)), "Why?", [])
+    page = render_page(recording(token(0, kl=10, flipped=True), token(1, kl=0)), "Why?", [])
     first, second = (a for _, a in Elements(page).elements if "aria-describedby" in a)
     assert first["class"].split() == ["t", "flip"]
     assert second["class"].split() == ["t"]
     assert first["style"] == "--c0:1.0;--c1:1.0;"
-    assert second["style"] == f"--c0:0.0;--c1:{plots.heat(1):.3f};"
+    assert second["style"] == f"--c0:0.0;--c1:{trace_page.heat(1):.3f};"
     assert "1 of 2 tokens are flipped, the mean KL is 5.00 nats" in page
 
 
 def test_the_answer_reads_as_it_was_written():
     parts = ["Hello", " wor", "ld,\n\n", "  two"]
-    page = plots.render_page(recording(*(token(i, t) for i, t in enumerate(parts))), "Why?", [])
+    page = render_page(recording(*(token(i, t) for i, t in enumerate(parts))), "Why?", [])
     spans = re.findall(r'<span class="t"[^>]*>(.*?)</span>', page, re.DOTALL)
     assert spans == ["Hello", " wor", "ld,⏎\n⏎\n", "  two"]
     flow = re.sub(r'<div class="d".*?</div></div></div>', "", page, flags=re.DOTALL)
@@ -95,7 +98,7 @@ def test_the_answer_reads_as_it_was_written():
 
 def test_a_branch_that_no_longer_runs_is_left_out():
     last = replace(token(1), branches=token(1).branches[1:])
-    page = plots.render_page(recording(token(0), last), "Why?", [])
+    page = render_page(recording(token(0), last), "Why?", [])
     assert 'style="--c0:0;--c1:' in page
     details = page.split('role="tooltip"')[2]
     assert "Branch 1: no system text, adapter off" in details
@@ -104,17 +107,17 @@ def test_a_branch_that_no_longer_runs_is_left_out():
 
 def test_infinite_and_tiny_numbers_are_readable():
     infinite = replace(token(0), branches=(BranchTrace(0, -float("inf"), float("inf"), 1, ()),) * 2)
-    page = plots.render_page(recording(token(0), infinite), "Why?", [])
+    page = render_page(recording(token(0), infinite), "Why?", [])
     assert "KL ∞ nats" in page
     assert "&lt; 0.1 %" in page
-    assert plots.percent(0) == "0.0 %"
+    assert style.share(0) == "0.0 %"
 
 
 def test_the_scale_is_monotone_and_ends_at_its_last_tick():
-    places = [plots.heat(kl) for kl in plots.TICKS]
+    places = [trace_page.heat(kl) for kl in trace_page.TICKS]
     assert places == sorted(places)
     assert (places[0], places[-1]) == (0, 1)
-    assert plots.heat(float("inf")) == 1
+    assert trace_page.heat(float("inf")) == 1
 
 
 def test_trace_figure_wraps_rows_and_draws_any_text():
@@ -122,7 +125,7 @@ def test_trace_figure_wraps_rows_and_draws_any_text():
     tokens = [token(i, signs[i % len(signs)], kl=0.1 * i, flipped=i == 2) for i in range(60)]
     tokens[5] = replace(tokens[5], branches=tokens[5].branches[1:])
     tokens[6] = replace(tokens[6], branches=(BranchTrace(0, -9.0, float("inf"), 1, ()),))
-    figure = plots.draw_trace(tokens, "Why\n$\\frac{$ 漢?", ["branch 0: $\\frac{$", "branch 1: 漢"])
+    figure = draw_trace(tokens, "Why\n$\\frac{$ 漢?", ["branch 0: $\\frac{$", "branch 1: 漢"])
     figure.savefig(io.BytesIO())
     kl, shares = figure.axes[0::2], figure.axes[1::2]
     assert [len(axes.patches) for axes in kl] == [16, 16, 16, 12]
@@ -154,7 +157,7 @@ def ways() -> tuple[list[Adherence], list[Refusal]]:
 
 
 def test_demo_figure_draws_every_number():
-    figure = plots.draw_demo(*ways())
+    figure = demo_figure.draw_demo(*ways())
     figure.savefig(io.BytesIO())
     left, right = figure.axes
     followed, facts, *bare = left.lines
@@ -168,6 +171,6 @@ def test_demo_figure_draws_every_number():
 
 
 def test_missing_matplotlib_names_its_command(monkeypatch):
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(style, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'trueline\[plots\]'"):
-        plots.draw_demo(*ways())
+        demo_figure.draw_demo(*ways())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trueline.records.training_folder import RunFolder
+    from trueline.records.run_folder import RunFolder
     from trueline.train.base import Recipe
 
 PANELS = {
@@ -37,9 +37,9 @@ def finish(
 ) -> None:
     """Sum up the log, draw it, and write the card."""
     from trueline.settings.reader import write_toml
-    from trueline.train.progress import draw_curves, model_card
+    from trueline.train.progress import LOG, draw_curves, model_card
 
-    log = folder.rows()
+    log = [row for _, _, row in folder.lines(LOG).rows()]
     results = summary(log, folder.facts)
     name = folder.folder.resolve().name
     what = "all weights" if recipe.full else "a merged LoRA" if recipe.merge else "a LoRA"
@@ -67,7 +67,10 @@ def finish(
         config=write_toml(values).strip(),
         results=results,
     )
-    folder.finish(results, card, draw_curves(log, PANELS, name))
+    if (figure := draw_curves(log, PANELS, name)) is not None:
+        folder.draw("curves.png", figure)
+    folder.write("README.md", card)
+    folder.finish(results)
 
 
 def summary(log: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:

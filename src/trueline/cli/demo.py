@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure on the bundled model and write the report."""
-    from trueline.records.plots import draw_demo, need_matplotlib
+    from trueline.jobs.demo_figure import draw_demo
+    from trueline.records.style import need_matplotlib
 
     need_matplotlib()
     import torch

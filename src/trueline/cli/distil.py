@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trueline.cli.cards import finish, note
 from trueline.cli.train import add_setting, read_layers, show
 from trueline.errors import ConfigError, DataError, ModelError, check_number
-from trueline.records.data import file_hash
-from trueline.records.training_folder import CHECKPOINTS
+from trueline.records.run_folder import CHECKPOINTS
 from trueline.train.base import (
     FIXED,
     Recipe,
@@ -27,7 +26,7 @@ from trueline.train.base import (
 
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
-    from trueline.records.training_folder import RunFolder
+    from trueline.records.run_folder import RunFolder
     from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer
 
 SHOWN = {
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int | None:
         raise ConfigError("`--output DIR` is missing: the folder for the trained weights.")
     layers = read_layers(args)
     found: dict[str, Any] = {name: value for values, _ in layers for name, value in values.items()}
-    rows, bad = read_rows(found.get("prompts"), found.get("limit"))
+    rows, bad, data = read_rows(found.get("prompts"), found.get("limit"))
     if bad:
         from trueline.cli.rows import report
 
@@ -133,9 +132,11 @@ def run(args: argparse.Namespace) -> int | None:
         values = resolved(merge(defaults(size, recipe.full), values), classes)
         for name in ("output_dir", *(["lora"] if recipe.full else [])):
             values.pop(name, None)
-    folder = open_folder(args, values, recipe, model)
+    folder = open_folder(args, values, recipe, model, data)
     try:
-        if folder.results is not None:
+        for name in folder.broken:
+            print(f"{folder.folder}: {name} is broken; going on from before it.", file=sys.stderr)
+        if folder.finished:
             show(args, folder, note(recipe))
             return None
         train(args, values, recipe, model, rows, judging, folder)
@@ -188,20 +189,24 @@ def config_of(values: dict[str, Any], output: str, recipe: Recipe) -> InverseQCo
 
 
 def open_folder(
-    args: argparse.Namespace, values: dict[str, Any], recipe: Recipe, model: LanguageModel
+    args: argparse.Namespace,
+    values: dict[str, Any],
+    recipe: Recipe,
+    model: LanguageModel,
+    data: str,
 ) -> RunFolder:
     """Return the run's folder, refused where it holds anything else."""
     from trueline.cli.folders import command
-    from trueline.records.training_folder import RunFolder
+    from trueline.records.run_folder import RunFolder
 
     settings = {
-        "kind": "inverse-q",
         "config": {k: v for k, v in values.items() if k not in NEUTRAL},
-        "data": {"hash": file_hash(str(recipe.prompts))},
+        "data": {"hash": data},
         **base_settings(recipe, model),
     }
     return RunFolder(
         args.output,
+        "inverse-q",
         settings,
         command=command(args),
         resume=args.resume,
@@ -257,17 +262,21 @@ def train(
     folder: RunFolder,
 ) -> None:
     """Train from the start or the checkpoint, and write weights, log, curves and card."""
+    from trueline.records.disk import saving
     from trueline.settings.reader import write_toml
     from trueline.train.progress import attach, quiet
 
     with quiet():
         trainer = make_trainer(args, values, recipe, model, rows, judging)
         attach(trainer, folder if folder.main else None, write_toml(values), SHOWN)
-        trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
+        with saving(folder.folder):
+            trainer.train(
+                resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None
+            )
         if recipe.evaluate is not None and judging is None:
             trainer.evaluate()
         folder.facts |= {"over_budget": trainer.over_budget} if trainer.over_budget else {}
-        folder.put(lambda path: save(trainer, path, recipe))
+        folder.put(lambda path: save(trainer, path, recipe), keep=("README.md",))
     if folder.main:
         finish(values, recipe, folder, len(rows))
         show(args, folder, note(recipe))
@@ -287,7 +296,7 @@ def make_trainer(
 
     held_out = None
     if recipe.evaluate is not None and judging is None:
-        held_out, bad = read_rows(recipe.evaluate)
+        held_out, bad, _ = read_rows(recipe.evaluate)
         if bad:
             raise DataError(f"{recipe.evaluate}:{bad[0].line}: {bad[0].error}")
         held_out = [{k: v for k, v in row.items() if k != "line"} for row in held_out]

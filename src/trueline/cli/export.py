@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trueline.cli.stack_cards import export_card
 from trueline.errors import ConfigError
-from trueline.records.data import replace_file
+from trueline.records.disk import replace_file
 
 if TYPE_CHECKING:
     from trueline.train.adapters.stack import AdapterStack

@@ -14,25 +14,28 @@ from trueline.errors import ConfigError
 
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
-    from trueline.records.runs import Run
+    from trueline.records.run_folder import RunFolder
 
 
-def finish(args: argparse.Namespace, run: Run, results: dict[str, Any], draw: Any = None) -> None:
+def finish(
+    args: argparse.Namespace, run: RunFolder, results: dict[str, Any], draw: Any = None
+) -> None:
     """Draw the plot if there is one, write the results, and print them."""
     from trueline.jobs import report
-    from trueline.records.runs import plain
+    from trueline.records.lines import plain
 
     results = plain(results)
     results["plot"] = bool(draw) and not args.no_plot
     if results["plot"]:
         from matplotlib import rc_context
 
-        from trueline.records.plots import STYLE
+        from trueline.records.style import STYLE
 
         with rc_context(STYLE):
-            draw().savefig(run.folder / "plot.png")
+            run.draw("plot.png", draw())
     text = report.render_run(results, run.settings, run.command)
-    written = run.finish(results, text)
+    run.write("results.md", text)
+    written = run.finish(results)
     if args.json:
         print(json.dumps({"folder": str(run.folder), **written}, ensure_ascii=False))
         return
@@ -49,14 +52,15 @@ def finish(args: argparse.Namespace, run: Run, results: dict[str, Any], draw: An
 def model_settings(args: argparse.Namespace, model: LanguageModel) -> dict[str, Any]:
     """Return what tells the model and the versions it runs under."""
     from trueline.cli.options import model_config
-    from trueline.records.runs import versions
+    from trueline.records.hashes import versions
 
     return {"model": model_config(args).identity(model), "versions": versions()}
 
 
 def run_folder(args: argparse.Namespace, kind: str, settings: Mapping[str, Any]) -> Path:
     """Return the run's folder: as given, or one named by what decides the responses."""
-    from trueline.records.runs import digest, plain
+    from trueline.records.hashes import digest
+    from trueline.records.lines import plain
 
     if args.output is not None:
         return Path(args.output).expanduser()

@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Decode the question with a trace and write the files."""
-    from trueline.records.plots import draw_trace, need_matplotlib, render_page
+    from trueline.engine.trace_page import draw_trace, render_page
+    from trueline.records.style import need_matplotlib
 
     method, sampling = method_and_sampling(args)
     check_number("top", args.top, low=1, whole=True)

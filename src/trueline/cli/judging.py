@@ -64,8 +64,7 @@ def keywords() -> tuple[Any, dict[str, Any]]:
     """Return the keyword judge, told by the text of its rule."""
     from trueline.evals import refusal
     from trueline.evals.judges import KeywordJudge
-    from trueline.records.data import file_hash
-    from trueline.records.runs import digest
+    from trueline.records.hashes import digest, file_hash
 
     folder = Path(str(refusal.__file__)).parent
     files = [folder / "refusal.py", folder / "language.py", *sorted(folder.glob("*_patterns.py"))]
@@ -77,7 +76,7 @@ def _local(
 ) -> tuple[Any, dict[str, Any]]:
     from trueline.evals.judges import LocalJudge
     from trueline.models.load import load_model
-    from trueline.records.runs import model_hash
+    from trueline.records.hashes import model_hash
 
     if not args.judge_model:
         raise ConfigError("`--judge local` needs `--judge-model NAME`, a folder or hub name.")

@@ -18,7 +18,7 @@ from trueline.types import SamplingParams, check_seed
 if TYPE_CHECKING:
     from trueline.evals.items import Item
     from trueline.evals.sweep import Point
-    from trueline.records.runs import Run
+    from trueline.records.run_folder import RunFolder
 
 DEFAULT_METHOD = {"refusal": "self-cd"}
 
@@ -27,7 +27,8 @@ def run_points(args: argparse.Namespace) -> None:
     """Decode every point on every prompt, judge, and write the run's folder."""
     from trueline.evals.metrics import fitting
     from trueline.evals.sweep import GOALS
-    from trueline.records.runs import Run, digest
+    from trueline.records.hashes import digest
+    from trueline.records.run_folder import RunFolder
 
     metric = metric_of(args)
     items = items_of(args, metric)
@@ -49,12 +50,13 @@ def run_points(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
         "data": data,
     }
-    run = Run(
+    run = RunFolder(
         run_folder(args, metric, settings), metric, settings,
         command=command(args), overwrite=args.overwrite,
     )  # fmt: skip
     start, fresh, judge = time.perf_counter(), [0], None
     try:
+        run.start()
         judge, judged_by = make_judge(args, metric, run.folder, model)
         rows, values = _measure(args, run, decoder, metric, items, points, judge, judged_by, fresh)
         results: dict[str, Any] = {
@@ -165,7 +167,7 @@ def base_sampling(args: argparse.Namespace, method: str) -> SamplingParams:
 
 def _measure(
     args: argparse.Namespace,
-    run: Run,
+    run: RunFolder,
     decoder: Any,
     metric: str,
     items: Sequence[Item],
@@ -182,12 +184,13 @@ def _measure(
 
     from trueline.evals import metrics
     from trueline.evals.sweep import paired_test
-    from trueline.records.runs import digest
+    from trueline.records.hashes import digest
 
     keys = [digest([metric, run.settings, p.describe(), p.baseline]) for p in points]
+    kept, judged_rows = run.rows("responses.jsonl"), run.rows("verdicts.jsonl")
     rows: list[dict[str, Any]] = []
     values: dict[str, Any] = {}
-    there = sum(run.responses.done(key, len(items)) for key in dict.fromkeys(keys))
+    there = sum(kept.done(key, len(items)) for key in dict.fromkeys(keys))
     if there:
         print(f"{there} responses are there already; going on.", file=sys.stderr)
     every = 0.2 if sys.stderr.isatty() else 30.0
@@ -201,7 +204,7 @@ def _measure(
         for point, key in zip(points, keys, strict=True):
             bar.set_postfix_str(point.label, refresh=False)
             responses = metrics.respond(
-                decoder, run.responses, key, point, items,
+                decoder, kept, key, point, items,
                 batch_size=args.batch_size, seed=args.seed, on_done=count,
             )  # fmt: skip
             texts = [row["text"] for row in responses]
@@ -211,7 +214,7 @@ def _measure(
                 found = metrics.judge_responses(metric, batch, own, judge)
                 return [{"id": i.id, **v} for i, v in zip(batch, found, strict=True)]
 
-            verdicts = run.verdicts.compute(digest([key, judged_by]), items, 64, judged)
+            verdicts = judged_rows.compute(digest([key, judged_by]), items, 64, judged)
             numbers = metrics.summarise(metric, responses, verdicts)
             values[point.label] = {n: [v.get(n) for v in verdicts] for n in numbers["measures"]}
             losses = [(row["base_nll"], len(row["token_ids"])) for row in responses]
@@ -252,7 +255,7 @@ def recommendation(
     return {**found.as_dict(), "settings": dict(point.settings)}
 
 
-def _finish(args: argparse.Namespace, run: Run, results: dict[str, Any]) -> None:
+def _finish(args: argparse.Namespace, run: RunFolder, results: dict[str, Any]) -> None:
     """Write and print the results and draw the plot."""
     from trueline.evals import figures
 
@@ -272,6 +275,6 @@ def _finish(args: argparse.Namespace, run: Run, results: dict[str, Any]) -> None
 
 def _check_plot(args: argparse.Namespace) -> None:
     if not args.no_plot:
-        from trueline.records.plots import need_matplotlib
+        from trueline.records.style import need_matplotlib
 
         need_matplotlib()

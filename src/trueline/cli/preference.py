@@ -45,7 +45,7 @@ def _win_rate(args: argparse.Namespace) -> None:
     from trueline.cli.judging import make_judge
     from trueline.evals.pairwise import win_rates
     from trueline.evals.rubrics import CRITERION
-    from trueline.records.runs import digest
+    from trueline.records.hashes import digest
 
     first, second = (read_responses(path)[: args.limit] for path in args.responses)
     if [p for p, _ in first] != [p for p, _ in second]:
@@ -84,7 +84,7 @@ def _win_rate(args: argparse.Namespace) -> None:
 def _implicit_reward(args: argparse.Namespace) -> None:
     from trueline.evals.datasets import load_pairs
     from trueline.evals.preference import branch_weights, implicit_rewards, reward_accuracy
-    from trueline.records.runs import digest
+    from trueline.records.hashes import digest
 
     method, _ = method_and_sampling(args, "linear-alignment")
     branch_weights(method, len(method.prompts([{"role": "user", "content": "?"}])))
@@ -113,7 +113,7 @@ def _letters(args: argparse.Namespace) -> None:
     from trueline.evals.datasets import load_personal
     from trueline.evals.preference import personal_accuracy, personal_choices, personal_principle
     from trueline.methods import METHODS, make_method
-    from trueline.records.runs import digest
+    from trueline.records.hashes import digest
 
     questions = load_personal(args.questions)[: args.limit]
     name = args.method or "linear-alignment"
@@ -153,7 +153,7 @@ def run_judge(args: argparse.Namespace) -> None:
     from trueline.evals.figures import draw_confusion
     from trueline.evals.judges import agreement, read_labels
     from trueline.evals.refusal import LABELS, Verdict
-    from trueline.records.runs import digest
+    from trueline.records.hashes import digest
 
     texts = read_labels(args.labels)[: args.limit]
     data = {"sources": [args.labels], "n": len(texts), "sha256": digest([asdict(t) for t in texts])}
@@ -202,19 +202,22 @@ def _run_rows(
     from tqdm import tqdm
 
     from trueline.cli.judging import spent
-    from trueline.records.runs import Run, digest, versions
+    from trueline.records.hashes import digest, versions
+    from trueline.records.run_folder import RunFolder
 
     settings = {"versions": versions(), **settings}
     folder = run_folder(args, kind, settings)
-    run = Run(folder, kind, settings, command=command(args), overwrite=args.overwrite)
+    run = RunFolder(folder, kind, settings, command=command(args), overwrite=args.overwrite)
     began, judge = time.perf_counter(), None
     try:
+        run.start()
+        verdicts = run.rows("verdicts.jsonl")
         work, judged_by, judge = start(run.folder)
         key = digest([kind, run.settings, judged_by])
-        there, every = run.verdicts.done(key, len(items)), 0.2 if sys.stderr.isatty() else 30.0
+        there, every = verdicts.done(key, len(items)), 0.2 if sys.stderr.isatty() else 30.0
         with tqdm(total=len(items), initial=there, unit="row", mininterval=every,
                   file=sys.stderr) as bar:  # fmt: skip
-            rows = run.verdicts.compute(key, items, args.batch_size, work, bar.update)
+            rows = verdicts.compute(key, items, args.batch_size, work, bar.update)
         found = numbers(rows)
         results = {"title": title, "metric": kind, "judge": dict(judged_by), "numbers": found}
         results |= spent(judge)[0]

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     """Read the runs and write the report."""
     from trueline.cli.inspect import output_folder
     from trueline.jobs.report import render_html, render_markdown
-    from trueline.records.runs import read_results
+    from trueline.records.run_folder import read_results
 
     runs = [read_results(folder) for folder in args.runs]
     names = [Path(folder).name or str(folder) for folder in args.runs]

@@ -22,16 +22,10 @@ from trueline.methods import (
     resolve,
     with_options,
 )
-from trueline.records.data import (
-    BadRow,
-    PromptRow,
-    RowFile,
-    check_settings,
-    dump,
-    file_hash,
-    read_prompts,
-    replace_file,
-)
+from trueline.records.disk import replace_file
+from trueline.records.lines import dump
+from trueline.records.output_file import OutputFile, kept_settings
+from trueline.records.prompt_rows import BadRow, PromptRow, read_prompts
 from trueline.settings.options import REQUIRED, option_defaults
 from trueline.types import Completion, Message, Method, Request, SamplingParams
 
@@ -47,11 +41,12 @@ def run_file(args: argparse.Namespace) -> int:
     """Read and check all rows, decode what is not yet written, and report."""
     check_number("batch_size", args.batch_size, low=1, whole=True)
     _check_paths(args)
-    rows, bad = read_prompts(args.input)
+    content = read_prompts(args.input)
+    rows, bad = content.rows, content.bad
     method, sampling, needs_principle = _method(args, rows)
     rows, new = _split(rows, lambda row: _row_method(method, needs_principle, row))
     bad += new
-    settings = _settings(args, method, needs_principle, sampling)
+    settings = _settings(args, content.sha256, method, needs_principle, sampling)
     if bad and not args.skip_bad:
         return report(bad, args.input)
     if (total := _finished(args, settings)) is not None:
@@ -121,7 +116,7 @@ def _decode(
     from tqdm import tqdm
 
     size, ids = args.batch_size, [row.fields["id"] for row in rows]
-    output = RowFile(args.output, settings, ids, size, overwrite=args.overwrite)
+    output = OutputFile(args.output, settings, ids, size, overwrite=args.overwrite)
     already, tokens, start = output.done, 0, time.perf_counter()
     prompts = common_prefixes(prompts, max(size, 2))
     every = 0.2 if sys.stderr.isatty() else 30.0
@@ -242,7 +237,11 @@ def _seed(args: argparse.Namespace, row: PromptRow) -> int:
 
 
 def _settings(
-    args: argparse.Namespace, method: Method, needs_principle: bool, sampling: SamplingParams
+    args: argparse.Namespace,
+    data: str,
+    method: Method,
+    needs_principle: bool,
+    sampling: SamplingParams,
 ) -> dict[str, Any]:
     """Return what decides the bytes of the output, under the names that the user typed."""
     from trueline import __version__
@@ -258,7 +257,7 @@ def _settings(
     )
     return {
         "trueline": __version__,
-        "input (sha256)": file_hash(args.input),
+        "input (sha256)": data,
         **{name: getattr(args, name) for name in names},
         "method": name,
         **{f"method.{name}": value for name, value in json.loads(json.dumps(fields)).items()},
@@ -282,7 +281,7 @@ def _finished(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
     """Return how many rows the output holds if it is whole; checked before the model is loaded."""
     if args.overwrite:
         return None
-    total = check_settings(args.output, settings)["rows"]
+    total = kept_settings(args.output, settings)["rows"]
     if total is None or not Path(args.output).exists():
         return None
     with open(args.output, "rb") as file:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trueline.cli.stack_cards import run_card
 from trueline.cli.train import add_setting, read_layers
 from trueline.errors import ConfigError, suggestion
-from trueline.records.data import replace_file
+from trueline.records.disk import replace_file
 
 if TYPE_CHECKING:
     from trueline.continual.stream import StreamResult
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
             on_stage=lambda _: replace_file(folder / "config.toml", whole),
         )
     except KeyboardInterrupt:
-        if (folder / "stream.json").exists():
+        if (folder / "manifest.json").exists():
             print(f"--resume goes on where {folder} stopped", file=sys.stderr)
         raise
     # What a finished run says of itself stays as it was.
@@ -160,7 +160,7 @@ def early_checks(args: argparse.Namespace, found: dict[str, Any]) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("A stream is trained by one process. Start it without a launcher.")
     folder = Path(args.output)
-    if args.resume or args.overwrite or not (folder / "stream.json").exists():
+    if args.resume or args.overwrite or not (folder / "manifest.json").exists():
         return
     if not summary_of(folder).get("finished"):
         raise ConfigError(

@@ -43,11 +43,11 @@ def run_card(
         config: The settings as TOML.
         result: The scores.
     """
-    from trueline.continual.folder import read_json
+    from trueline.records.manifest import read_json
     from trueline.train.progress import model_card
 
     folder = result.folder
-    about, kept = read_json(folder / "R.json"), read_json(folder / "stream.json")
+    about, kept = read_json(folder / "R.json"), read_json(folder / "manifest.json")
     kind, settings = about["kind"], kept["settings"]
     title = stream.title or folder.resolve().name
     words = [w for w in shlex.split(command(args)) if w != "--resume"]
@@ -69,7 +69,7 @@ def run_card(
             "prompt": settings["prompt"],
             "measured on": f"{about['evaluate_on']} rows, scoring {about['scoring']}",
             "seed": about["seed"],
-            **kept["versions"],
+            **kept["facts"]["versions"],
             **_versions(),
         },
         command=shlex.join(words),
@@ -97,7 +97,7 @@ def export_card(
         streams: The R.json of each stream that the adapters come from, by `folder`.
     """
     from trueline.jobs.report import markdown_table
-    from trueline.records.runs import versions
+    from trueline.records.hashes import versions
     from trueline.train.progress import model_card
 
     name, merged = done.folder.resolve().name, done.form == "merged"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trueline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trueline.records.training_folder import RunFolder
+    from trueline.records.run_folder import RunFolder
 
 EXAMPLES = """examples:
   trueline train inverse-q --principle "Talk like a pirate." --prompts prompts.jsonl --output pirate
@@ -27,8 +27,8 @@ EXAMPLES = """examples:
 
 Every setting can stand in a TOML file (--config) or behind --set NAME=VALUE; --list-settings shows
 them all. The command line goes before the file. The folder of a run keeps config.toml, which makes
-the same run again, run.json, log.jsonl, curves.png, README.md and the weights, which load in
-transformers and PEFT with no Trueline. --resume goes on where a killed run stopped.
+the same run again, manifest.json, results.json, log.jsonl, curves.png, README.md and the weights,
+which load in transformers and PEFT with no Trueline. --resume goes on where a killed run stopped.
 """
 
 PARTS = {
@@ -96,7 +96,7 @@ def read_layers(args: argparse.Namespace) -> list[tuple[dict[str, Any], str]]:
 
 def show(args: argparse.Namespace, folder: RunFolder, note: str) -> None:
     """Print the results, the folder, and how to use what is in it."""
-    from trueline.train.progress import brief
+    from trueline.records.style import brief
 
     results = folder.results or {}
     if args.json:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from trueline.errors import DataError
 from trueline.evals.statistics import Estimate
-from trueline.records.plots import (
+from trueline.records.style import (
     BLUE,
     FAINT,
     GREEN,

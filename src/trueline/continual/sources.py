@@ -9,7 +9,7 @@ from typing import Any
 
 from trueline.continual.tasks import Example, normalise
 from trueline.errors import ConfigError, DataError
-from trueline.records.data import read_jsonl
+from trueline.records.lines import read_jsonl
 
 SPLITS = ("train", "validation", "test")
 NO_LABEL = "-"

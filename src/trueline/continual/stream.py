@@ -6,7 +6,7 @@
 
 The folder of a run:
 
-    stream.json       what decides the result, and what it was called with
+    manifest.json     what decides the result, and what was written
     log.jsonl         the training loss and the penalties, a row for every logged step
     stages/01-NAME/   `adapter/` (PEFT's format) or `weights.pt`, `done.json` with the scores
     R.json, R.csv     the scores of every task after every stage, the measures
@@ -40,8 +40,6 @@ from trueline.continual.folder import (
     Log,
     StreamResult,
     hold_folder,
-    read_json,
-    write_json,
     write_result,
 )
 from trueline.continual.metrics import summary, trained
@@ -63,8 +61,10 @@ from trueline.continual.trainers import (
     training_arguments,
 )
 from trueline.errors import ConfigError, DataError
-from trueline.records.runs import plain
-from trueline.records.training_folder import last_checkpoint
+from trueline.records.checkpoints import last_checkpoint
+from trueline.records.lines import plain
+from trueline.records.manifest import read_json, write_json
+from trueline.records.run_folder import RunFolder
 from trueline.train.keep import Keep
 from trueline.train.progress import no_bars, quiet
 
@@ -117,8 +117,8 @@ def run_stream(
             tuple(tasks), model, strategy, Path(output), config or StreamConfig(),
             prompt or PromptForm(), tuple(texts), figures, progress, on_stage,
         )  # fmt: skip
-        with hold_folder(runner.folder, runner.settings, overwrite):
-            return runner.run()
+        with hold_folder(runner.folder, runner.settings, overwrite) as run:
+            return runner.run(run)
 
 
 class _Runner:
@@ -142,7 +142,7 @@ class _Runner:
         self.folder, self.figures = folder, figures
         self.progress, self.on_stage = progress, on_stage
         if figures:
-            from trueline.records.plots import need_matplotlib
+            from trueline.records.style import need_matplotlib
 
             need_matplotlib()
         self.fresh = Fresh(factory)
@@ -187,13 +187,14 @@ class _Runner:
                 for t in self.tasks
             ],
             "model": self.fresh.hash,
-            "kind": self.kind.name,
+            "family": self.kind.name,
             "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
         }
         return json.loads(json.dumps(plain(found)))
 
-    def run(self) -> StreamResult:
-        """Do what is not done yet."""
+    def run(self, held: RunFolder) -> StreamResult:
+        """Do what is not done yet, in the folder that is held."""
+        self.held = held
         with self._bar() as bar:
             scores = [self._untouched(bar)]
             for index in range(len(self.stages)):
@@ -250,7 +251,7 @@ class _Runner:
             self.config, self._task_settings(index), stage.seed, steps, work, on_cpu=on_cpu
         )
         trainer = make_trainer(model, stack, self.strategy, keep, stage, rows, arguments)
-        log = Log(self.folder / "log.jsonl", index, self._name(index), bar, checkpoint)
+        log = Log(self.held.lines("log.jsonl"), index, self._name(index), bar, checkpoint)
         trainer.add_callback(log)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.weights.save(model, index)
@@ -364,7 +365,7 @@ class _Runner:
         config, kind = self.config, self.kind
         about = {"kind": kind.name, "chat": kind.chat, "labels": list(kind.union)}
         about |= {name: getattr(config, name) for name in ("seed", "scoring", "evaluate_on")}
-        write_result(result, about, final=final, figures=self.figures)
+        write_result(self.held, result, about, final=final, figures=self.figures)
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator[Any]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from trueline.errors import ConfigError, DataError, check_number, suggestion
-from trueline.records.runs import digest
+from trueline.records.hashes import digest
 
 T = TypeVar("T")
 CHOOSE = "Choose one of the options."

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trueline.errors import ConfigError, DataError, suggestion
-from trueline.records.data import read_jsonl
+from trueline.records.lines import read_jsonl
 from trueline.types import Message
 
 PROMPT_COLUMNS = ("prompt", "Behavior", "question", "instruction", "goal", "text", "input")

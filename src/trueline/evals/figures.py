@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trueline.records.style import BLUE, FAINT, GREEN, INK, ORANGE, SOFT, VIOLET
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#2563b0", "#d9580d", "#1a8a72", "#7b4fb5", "#6b7280")
-INK, SOFT, FAINT = "#1c1f24", "#6b7280", "#dfe2e7"
+COLOURS = (BLUE, ORANGE, GREEN, VIOLET, SOFT)
 
 
 def draw_frontier(

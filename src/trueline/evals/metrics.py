@@ -24,7 +24,7 @@ from trueline.types import Request, check_messages
 
 if TYPE_CHECKING:
     from trueline.engine.decoding import Decoder
-    from trueline.records.runs import Rows
+    from trueline.records.lines import Rows
 
 METRICS: dict[str, tuple[str, ...]] = {
     "refusal": ("over_refusal", "harmful_refusal"),

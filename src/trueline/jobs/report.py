@@ -10,7 +10,8 @@ from typing import Any
 from trueline.evals.metrics import read_outcomes
 from trueline.evals.statistics import paired_difference
 from trueline.evals.sweep import paired_test
-from trueline.records.runs import different
+from trueline.records.manifest import different
+from trueline.records.style import cell, decimal, p_value
 
 Table = tuple[list[str], list[list[str]]]
 """Column names and rows of cells."""
@@ -23,18 +24,6 @@ def percent(e: Mapping[str, Any] | None) -> str:
     unknown = f" ({e['unknown']} unknown)" if e.get("unknown") else ""
     low, high = 100 * e["low"], 100 * e["high"]
     return f"{100 * e['value']:.1f} % [{low:.0f}, {high:.0f}] n={e['n']}{unknown}"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Return a number, or "-" for none."""
-    if value is None or isinstance(value, str):
-        return value or "-"
-    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
-
-
-def p_value(value: float | None) -> str:
-    """Return a p-value as "0.012" or "< 0.001"."""
-    return "-" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def point_table(points: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) -> Table:
@@ -51,8 +40,11 @@ def point_table(points: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) 
         q = p["quality"]
         row = [f"{first[i]}: {p['label']}" if first else p["label"]]
         row += [percent(p["measures"].get(name)) for name in names]
-        row += [number(q["length"]["value"], 1), number(q["repetition"]["value"], 3)]
-        row += [number(q["perplexity"]), *(p_value(p.get("p_baseline", {}).get(n)) for n in tested)]
+        row += [decimal(q["length"]["value"], 1), decimal(q["repetition"]["value"], 3)]
+        row += [
+            decimal(q["perplexity"]),
+            *(p_value(p.get("p_baseline", {}).get(n)) for n in tested),
+        ]
         rows.append(row)
     return head, rows
 
@@ -109,7 +101,7 @@ def markdown_table(table: Table) -> str:
     """Return a table as Markdown."""
     head, rows = table
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in lines)
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in lines)
 
 
 def numbers_table(results: Mapping[str, Any]) -> Table:
@@ -120,7 +112,7 @@ def numbers_table(results: Mapping[str, Any]) -> Table:
             share = value["low"] >= 0 and value["high"] <= 1
             text = percent(value) if share else _interval(value)
         else:
-            text = number(value, 3) if isinstance(value, float) else str(value)
+            text = decimal(value, 3) if isinstance(value, float) else str(value)
         rows.append([name.replace("_", " "), text])
     return ["measure", "value"], rows
 
@@ -261,8 +253,4 @@ def _flat(settings: Any, name: str = "") -> list[list[str]]:
 
 
 def _interval(e: Mapping[str, Any]) -> str:
-    return f"{number(e['value'])} [{number(e['low'])}, {number(e['high'])}] n={e['n']}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(str(text).replace("|", "\\|").split())
+    return f"{decimal(e['value'])} [{decimal(e['low'])}, {decimal(e['high'])}] n={e['n']}"

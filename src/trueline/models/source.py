@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +10,8 @@ import torch
 
 from trueline.errors import ConfigError, check_number
 from trueline.models import load
-from trueline.models.load import BUNDLED, LanguageModel
-from trueline.records.runs import digest, folder_hash, model_hash
+from trueline.models.load import LanguageModel
+from trueline.records.hashes import adapter_settings, digest, model_folder, model_hash
 
 SMALL = 100_000_000
 """Models with fewer parameters run fastest on one thread."""
@@ -85,18 +84,11 @@ class ModelConfig:
 
     def identity(self, model: LanguageModel) -> dict[str, Any]:
         """Return what decides the model's answers: names, hashes of the bytes, dtype, device."""
-        folder = Path(self.name).expanduser()
-        if self.name in BUNDLED:
-            folder = Path(str(resources.files("trueline"))) / "assets" / self.name
-        adapter = None
-        if self.adapter is not None:
-            own = Path(self.adapter).expanduser()
-            adapter = {"name": self.adapter, "hash": folder_hash(own) if own.is_dir() else None}
         return {
             "name": self.name,
             "revision": self.revision,
-            "hash": model_hash(model, folder),
-            "adapter": adapter,
+            "hash": model_hash(model, model_folder(self.name)),
+            "adapter": adapter_settings(self.adapter),
             "dtype": str(model.model.dtype).removeprefix("torch."),
             "device": model.device.type,
             "quantize": self.quantize,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trueline.errors import ConfigError, DataError, suggestion
-from trueline.records.data import shown
+from trueline.records.lines import shown
 from trueline.settings.annotations import Mismatch, Word, convert, describe, table_of
 from trueline.settings.options import field_docs
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueline.errors import ConfigError, DataError
-from trueline.records.data import BadRow, check_row, parse, read_lines
+from trueline.records.lines import parse, read_content
+from trueline.records.prompt_rows import BadRow, check_row
 
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
@@ -99,8 +99,8 @@ FIXED = {
 """Settings of this command for every model, where nobody gave others."""
 
 
-def read_rows(path: Any, limit: Any = None) -> tuple[list[dict[str, Any]], list[BadRow]]:
-    """Return the rows of a file of prompts as a trainer takes them, and the bad ones.
+def read_rows(path: Any, limit: Any = None) -> tuple[list[dict[str, Any]], list[BadRow], str]:
+    """Return the rows of a file of prompts as a trainer takes them, the bad ones, and its SHA-256.
 
     A row's `principle` may be "": there the model is to stay as it is.
     """
@@ -108,7 +108,8 @@ def read_rows(path: Any, limit: Any = None) -> tuple[list[dict[str, Any]], list[
         raise ConfigError('`--prompts FILE` is missing: JSONL rows with a "prompt".')
     rows: list[dict[str, Any]] = []
     bad: list[BadRow] = []
-    for line, raw in read_lines(path):
+    content = read_content(path)
+    for line, raw in content.lines:
         if isinstance(limit, int) and len(rows) + len(bad) >= limit:
             break
         row: Any = raw.decode("utf-8", errors="replace").rstrip("\r\n")
@@ -122,7 +123,7 @@ def read_rows(path: Any, limit: Any = None) -> tuple[list[dict[str, Any]], list[
             rows.append({"prompt": checked.messages, "principle": principle, "line": line})
         except DataError as error:
             bad.append(BadRow(line, str(error), row))
-    return rows, bad
+    return rows, bad, content.sha256
 
 
 def device_settings(recipe: Recipe) -> dict[str, Any]:
@@ -185,23 +186,13 @@ def lora_config(adapter: Adapter) -> Any:
 
 def base_settings(recipe: Recipe, model: LanguageModel) -> dict[str, Any]:
     """Return what tells the model that is trained, and the versions that train it."""
-    from importlib import resources
     from importlib.metadata import version
 
-    from trueline.models.load import BUNDLED
-    from trueline.records.runs import digest, model_hash, versions
+    from trueline.models.source import ModelConfig
+    from trueline.records.hashes import versions
 
-    folder: Any = Path(recipe.model).expanduser()
-    if recipe.model in BUNDLED:
-        folder = Path(str(resources.files("trueline"))) / "assets" / recipe.model
+    config = ModelConfig(recipe.model, revision=recipe.revision)
     return {
-        "base": {
-            "name": recipe.model,
-            "hash": model_hash(model, folder),
-            "dtype": str(model.model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "processes": int(os.environ.get("WORLD_SIZE", 1)),
-            "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None))),
-        },
+        "base": {**config.identity(model), "processes": int(os.environ.get("WORLD_SIZE", 1))},
         "versions": versions() | {name: version(name) for name in ("peft",)},
     }

@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from trueline.records.training_folder import RunFolder
+from trueline.records.checkpoints import step_of
+from trueline.records.lines import plain
+from trueline.records.run_folder import RunFolder
+from trueline.records.style import BLUE, FAINT, ORANGE, STYLE, brief, need_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+LOG = "log.jsonl"
 
 
 class Progress(TrainerCallback):
@@ -41,15 +47,30 @@ class Progress(TrainerCallback):
         """Open the bar; the folder is the run's from here on."""
         from tqdm import tqdm
 
+        before = 0.0
         if self.run is not None:
-            self.run.start(self.config, {"effect": getattr(self.trainer, "effect", None)})
-        rows = self.run.rows() if self.run is not None else []
-        before = rows[-1]["seconds"] if rows else 0.0
+            before = self._take(self.run)
         self.start, self.first = time.perf_counter() - before, state.global_step
         if state.is_world_process_zero:
             every = 0.2 if sys.stderr.isatty() else 30.0
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step",
                             mininterval=every, file=sys.stderr, dynamic_ncols=True)  # fmt: skip
+
+    def _take(self, run: RunFolder) -> float:
+        """Take the folder; cut the log to the checkpoint, and return the seconds up to there."""
+        run.start({"effect": getattr(self.trainer, "effect", None)})
+        run.write("config.toml", self.config)
+        log, end, seconds = run.lines(LOG), 0, 0.0
+        last = step_of(run.checkpoint) if run.checkpoint else -1
+        for line, place, row in log.rows():
+            step, took = row.get("step"), row.get("seconds")
+            if not isinstance(step, int) or not isinstance(took, (int, float)):
+                raise log.foreign(line)
+            if step > last:
+                break
+            end, seconds = place, float(took)
+        log.cut(end)
+        return seconds
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the row; the trainer's own summary at the end is no step."""
@@ -59,7 +80,8 @@ class Progress(TrainerCallback):
             return
         if self.run is not None:
             seconds = round(time.perf_counter() - self.start, 3)
-            self.run.append({"step": state.global_step, **row, "seconds": seconds})
+            row = plain({"step": state.global_step, **row, "seconds": seconds})
+            self.run.lines(LOG).append([row], sync=False)
         if self.bar is not None:
             named = {short: row[name] for name, short in self.shown.items() if name in row}
             self.bar.set_postfix({k: brief(v) for k, v in named.items()}, refresh=False)
@@ -129,13 +151,6 @@ def rank_note(rank: int) -> str:
     return f"vLLM: --enable-lora --max-lora-rank {fitting} --lora-modules NAME=FOLDER"
 
 
-def brief(value: Any) -> str:
-    """Return a number in at most four digits: 0.0123, 12.3, 1234."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 def draw_curves(
     rows: Sequence[Mapping[str, Any]], panels: Mapping[str, str], title: str
 ) -> Figure | None:
@@ -143,13 +158,9 @@ def draw_curves(
 
     A panel's second line is the same name with `eval_` before it. None where no row has a number.
     """
-    from trueline.records.plots import need_matplotlib
-
     need_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-
-    from trueline.records.plots import BLUE, FAINT, ORANGE, STYLE
 
     found = [n for n in panels if _series(rows, n)[0] or _series(rows, f"eval_{n}")[0]]
     if not found:

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from trueline.errors import ConfigError, ModelError
 from trueline.methods.inf_lora import outside
 from trueline.methods.o_lora import row_basis
-from trueline.records.data import file_hash
+from trueline.records.hashes import file_hash
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

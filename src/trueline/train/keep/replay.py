@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trueline.errors import DataError, check_number
-from trueline.records.data import dump, replace_file
+from trueline.records.disk import replace_file
+from trueline.records.lines import dump
 from trueline.train.keep.stage import Keep, Row, Stage
 
 FILE = "replay.jsonl"
