@@ -19,9 +19,10 @@ from transformers import (
 from transformers.utils import logging
 
 from trueline.errors import ConfigError, ModelError
-from trueline.train.adapters import stack as adapters
+from trueline.models.adapter import add_lora
 from trueline.train.adapters.export import export
-from trueline.train.adapters.stack import AdapterStack, adapter_layers, read_adapter, save_adapter
+from trueline.train.adapters.saved import read_lora
+from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -82,8 +83,7 @@ def logits(model):
 def trained(kind, folder, seed, **options):
     """An adapter whose weights are random on both sides, written by PEFT."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[kind]} | options
-    with adapters._conv1d_is_known():
-        model = get_peft_model(make(kind), LoraConfig(**settings))
+    model = add_lora(make(kind), LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -268,25 +268,25 @@ def test_a_model_takes_one_stack_once(tmp_path):
 def test_adapters_that_are_no_plain_lora_are_refused(options, message, tmp_path):
     folder = trained("bert", tmp_path / "odd", 0, **options)
     with pytest.raises(ModelError, match=message):
-        read_adapter(folder)
+        read_lora(folder)
 
 
 def test_folders_that_are_no_adapter_are_refused(tmp_path):
-    with pytest.raises(ModelError, match="Cannot read the adapter"):
-        read_adapter(tmp_path)
+    with pytest.raises(ModelError, match="holds no adapter"):
+        read_lora(tmp_path)
     folder = trained("llama", tmp_path / "0", 0)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
     with pytest.raises(ModelError, match="uses the kind IA3"):
-        read_adapter(folder)
+        read_lora(folder)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ModelError, match="Cannot read the adapter"):
-        read_adapter(folder)
+    with pytest.raises(ModelError, match="damaged or cut short"):
+        read_lora(folder)
     key = "base_model.model.x.lora_A.weight"
-    save_file({key: torch.ones(2, 3)}, folder / "adapter_model.safetensors")
+    save_file({key: torch.ones(4, 3)}, folder / "adapter_model.safetensors")
     with pytest.raises(ModelError, match='module "x" has no two matrices'):
-        read_adapter(folder)
+        read_lora(folder)
 
 
 def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path):
@@ -329,7 +329,7 @@ def test_export_refuses_before_it_writes(tmp_path):
         export(stack, tmp_path / "0")
     with pytest.raises(ConfigError, match="do not name their base model"):
         export(stack, tmp_path / "new", "merged")
-    with pytest.raises(ModelError, match="Cannot load the base model"):
+    with pytest.raises(ModelError, match="No model folder at"):
         export(stack, tmp_path / "new", "merged", model=tmp_path / "nothing")
     assert not (tmp_path / "new").exists()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypedDict, runtime_checkable
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+Progress = Callable[[str, int, int], None]
+"""How a job says how far it is: progress(what, done, total)."""
 ROLES = ("system", "user", "assistant")
 SEEDS = range(-(2**63), 2**63)
 

@@ -127,7 +127,8 @@ def base(
     from importlib import resources
 
     from trueline.errors import suggestion
-    from trueline.models.load import BUNDLED, DTYPES
+    from trueline.models.device import DTYPES
+    from trueline.models.hub import BUNDLED
     from trueline.train.adapters.export import load_base, outputs_of
 
     if args.dtype not in ("auto", *DTYPES):

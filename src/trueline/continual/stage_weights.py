@@ -25,8 +25,11 @@ from trueline.continual.config import StreamConfig
 from trueline.continual.stages import Strategy
 from trueline.continual.tasks import Task, union_of_labels
 from trueline.errors import ConfigError, ModelError
-from trueline.train.adapters.export import HEADS
-from trueline.train.adapters.stack import WEIGHTS, AdapterStack, save_adapter
+from trueline.models.adapter import WEIGHTS
+from trueline.models.checkpoint import HEADS, load_as_saved, read_config
+from trueline.models.hub import find_model
+from trueline.models.load import load_model
+from trueline.train.adapters.stack import AdapterStack, save_adapter
 
 Factory = Callable[[], tuple[Any, Any]]
 """Returns a fresh model and its tokenizer, the same at every call."""
@@ -40,45 +43,27 @@ def model_factory(name: str, tasks: Sequence[Task]) -> Factory:
     A classifier gets an output for each label of all tasks; where its own head has another number
     of them the new one is random, by a fixed seed, and goes into the adapters' files.
     """
-    from trueline.models.load import BUNDLED, load_model
-
-    def causal() -> tuple[Any, Any]:
-        loaded = load_model(name, dtype="float32", packed_weights=False)
-        return loaded.model, loaded.tokenizer
-
-    if name in BUNDLED:
-        return causal
-    from transformers import (
-        AutoConfig,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
-
-    try:
-        own = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f'Cannot load "{name}": {" ".join(str(error).split())[:300]}') from None
+    place = find_model(name)
+    own = read_config(place)
     classifies = any(a.endswith("ForSequenceClassification") for a in own.architectures or ())
     if not own.is_encoder_decoder and not classifies:
+
+        def causal() -> tuple[Any, Any]:
+            loaded = load_model(name, dtype="float32", packed_weights=False)
+            return loaded.model, loaded.tokenizer
+
         return causal
 
     def other() -> tuple[Any, Any]:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if own.is_encoder_decoder:
-            return AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32), tokenizer
         set_seed(0)
         labels = union_of_labels(tasks)
-        loaded, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            id2label=dict(enumerate(labels)),
-            label2id={label: k for k, label in enumerate(labels)},
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        loaded.head_is_new = bool(info["mismatched_keys"] or info["missing_keys"])
-        return loaded, tokenizer
+        head = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: k for k, label in enumerate(labels)},
+        }
+        loaded = load_as_saved(place, dtype=torch.float32, head=head if classifies else None)
+        loaded.model.head_is_new = loaded.head_is_new
+        return loaded.model, loaded.tokenizer
 
     return other
 

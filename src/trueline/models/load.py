@@ -1,26 +1,26 @@
-"""Models: load a checkpoint, its tokenizer and adapters. Device and dtype are decided here only."""
+"""Models: a checkpoint, its tokenizer and adapter as one `LanguageModel`."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from trueline.errors import ConfigError, ModelError, suggestion
+from trueline.errors import ConfigError, ModelError
+from trueline.models.adapter import check_adapter, find_adapter, put_adapter
+from trueline.models.checkpoint import read_config, read_tokenizer, read_weights
+from trueline.models.device import check_dtype, find_device, find_dtype
+from trueline.models.hub import find_model
 from trueline.models.packed import pack_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BUNDLED = ("tiny",)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    from trueline.types import Progress
 
 
 @dataclass
@@ -115,6 +115,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     packed_weights: bool | None = None,
+    progress: Progress | None = None,
 ) -> LanguageModel:
     """Load a causal language model from a folder, the hub, or the package (`"tiny"`).
 
@@ -135,6 +136,7 @@ def load_model(
         packed_weights: On a CPU, keep a second copy of the weights in a layout that multiplies a
             few rows up to twice as fast (`trueline.models.packed`). None does so if the copy takes
             no more than 2 GiB; off leaves torch's own product.
+        progress: Called as progress("loading NAME", 0 or 1, 1) at the start and at the end.
 
     Raises:
         ConfigError: An option is out of range.
@@ -142,150 +144,46 @@ def load_model(
 
     >>> model = load_model("tiny")
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f'Unknown dtype "{dtype}".{suggestion(dtype, ["auto", *DTYPES])}')
+    check_dtype(dtype)
     if quantize not in (None, "4bit", "8bit"):
         raise ConfigError(f'`quantize` must be "4bit" or "8bit", got "{quantize}".')
     if device_map is not None and device != "auto":
         raise ConfigError("Give `device` or `device_map`, not both.")
+    if progress is not None:
+        progress(f"loading {name}", 0, 1)
     template = _read_template(chat_template)
-    adapter_source = None if adapter is None else _adapter_source(adapter)
-    path = _resolve(name)
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not Path(path).is_dir() and not _hub_resolves():
-        # Asked in vain, the hub's client retries for most of a minute.
-        hub["local_files_only"] = True
-    tokenizer = _from_pretrained("AutoTokenizer", name, path, hub)
+    target = find_device(device)
+    adapter_folder = None
+    if adapter is not None:
+        need("peft", "adapters", "adapter")
+        adapter_folder = find_adapter(adapter)
+        check_adapter(adapter_folder)
+    place = find_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = read_config(place)
+    tokenizer = read_tokenizer(place)
     if template is not None:
         tokenizer.chat_template = template
-    config = _from_pretrained("AutoConfig", name, path, hub)
-    target = _device(device)
-    options: dict[str, Any] = {"dtype": _dtype(dtype, config, target)}
+    options: dict[str, Any] = {"dtype": find_dtype(dtype, config, target)}
     if device_map is not None:
-        _need("accelerate", "device-map", "device_map")
+        need("accelerate", "device-map", "device_map")
         options["device_map"] = device_map
     if quantize:
         options |= _quantization(quantize, target)
-    model = _from_pretrained("AutoModelForCausalLM", name, path, hub | {"config": config} | options)
+    model = read_weights(place, config, "AutoModelForCausalLM", **options)
     if device_map is None and not quantize:
         model.to(target)
-    if adapter_source is not None:
-        model = _with_adapter(model, adapter_source)
+    if adapter_folder is not None:
+        model = put_adapter(model, str(adapter), adapter_folder, on=str(name))
     if packed_weights is not False and target.type == "cpu":
         pack_weights(model, force=packed_weights is True)
-    return LanguageModel(model, tokenizer, str(name), raw)
-
-
-def _resolve(name: str | Path) -> str:
-    """Return the folder of a bundled model, an existing folder, or the hub name as it is."""
-    if str(name) in BUNDLED:
-        return str(resources.files("trueline") / "assets" / str(name))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f'Folder "{name}" holds no model: it has no config.json.')
-        return str(path)
-    if path.exists() or _looks_local(name):
-        raise ModelError(f'No model folder at "{name}". Give a folder with config.json.')
-    return str(name)
-
-
-def _looks_local(name: str | Path) -> bool:
-    """Return whether this must be meant as a folder: a hub name is OWNER/NAME or NAME."""
-    path = Path(name)
-    return path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
-
-
-def _hub_resolves() -> bool:
-    """Return whether the hub's host has an address; a proxy is trusted to know it."""
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    from huggingface_hub import constants
-
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
-    except OSError:
-        return False
-    return True
-
-
-def _from_pretrained(kind: str, name: str | Path, path: str, options: dict[str, Any]) -> Any:
-    """Call transformers' loader; turn its errors about the checkpoint into `ModelError`."""
-    import transformers
-
-    with _quiet():
-        try:
-            return getattr(transformers, kind).from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(
-                f'Cannot load "{name}": {reason} Give "tiny", a model folder, or a hub name that '
-                "can be reached."
-            ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Hold back transformers' progress bars and advice while a checkpoint loads."""
-    from transformers.utils import logging as transformers_logging
-
-    level, bars = logging.getLogger("transformers").level, transformers_logging
-    shown = bars.is_progress_bar_enabled()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.getLogger("transformers").setLevel(level)
-        if shown:
-            bars.enable_progress_bar()
-
-
-def _device(device: str) -> torch.device:
-    if device != "auto":
-        try:
-            target = torch.device(device)
-        except RuntimeError:
-            raise ConfigError(
-                f'Unknown device "{device}". Give auto, cpu, cuda, cuda:0 or mps.'
-            ) from None
-        available: dict[str, Any] = {
-            "cuda": torch.cuda.is_available,
-            "mps": torch.backends.mps.is_available,
-        }
-        if target.type in available and not available[target.type]():
-            raise ConfigError(f'Device "{device}" is not available on this machine.')
-        return target
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def native_bfloat16() -> bool:
-    """Return whether this CPU computes in bfloat16 natively (AVX-512 BF16 or AMX)."""
-    probe: Any = getattr(torch.cpu, "get_capabilities", dict)
-    capabilities = probe()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _dtype(dtype: str, config: Any, target: torch.device) -> torch.dtype:
-    if dtype != "auto":
-        return DTYPES[dtype]
-    text_config = config.get_text_config(decoder=True)
-    own = getattr(text_config, "dtype", None) or getattr(config, "dtype", None) or torch.float32
-    if isinstance(own, str):
-        own = DTYPES.get(own, torch.float32)
-    if target.type != "cpu" or own == torch.float32:
-        return own
-    return own if own == torch.bfloat16 and native_bfloat16() else torch.float32
+    loaded = LanguageModel(model, tokenizer, str(name), raw)
+    if progress is not None:
+        progress(f"loading {name}", 1, 1)
+    return loaded
 
 
 def _quantization(quantize: str, target: torch.device) -> dict[str, Any]:
-    _need("bitsandbytes", "quantize", f"quantize={quantize!r}")
+    need("bitsandbytes", "quantize", f"quantize={quantize!r}")
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -296,38 +194,7 @@ def _quantization(quantize: str, target: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": target}}
 
 
-def _adapter_source(adapter: str | Path) -> str:
-    """Return the adapter's folder or hub name, before the model is loaded for nothing."""
-    _need("peft", "adapters", "adapter")
-    path = Path(adapter).expanduser()
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
-        raise ModelError(f'Folder "{adapter}" holds no adapter: it has no adapter_config.json.')
-    if path.is_dir():
-        return str(path)
-    if _looks_local(adapter):
-        raise ModelError(f'No adapter folder at "{adapter}". Give a folder or a hub name.')
-    if not _hub_resolves():
-        from huggingface_hub import try_to_load_from_cache
-
-        if not isinstance(try_to_load_from_cache(str(adapter), "adapter_config.json"), str):
-            raise ModelError(
-                f'Cannot load adapter "{adapter}": the hub cannot be reached and its cache on this '
-                "machine has no copy. Give a folder."
-            )
-    return str(adapter)
-
-
-def _with_adapter(model: Any, source: str) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, source)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f'Cannot load adapter "{source}": {reason}') from error
-
-
-def _need(package: str, extra: str, option: str) -> None:
+def need(package: str, extra: str, option: str) -> None:
     """Raise `ModelError` with the install command if `package` is missing."""
     from importlib.util import find_spec
 

@@ -6,17 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from trueline.errors import ConfigError, check_number
 from trueline.models import load
+from trueline.models.device import MAX_THREADS, set_threads
 from trueline.models.load import LanguageModel
 from trueline.records.hashes import adapter_settings, digest, model_folder, model_hash
-
-SMALL = 100_000_000
-"""Models with fewer parameters run fastest on one thread."""
-THREADS = 1024
-"""More CPU threads than any machine here has."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class ModelConfig:
             elif not isinstance(value, str) and (value is not None or field == "name"):
                 raise ConfigError(f"`{field}` must be a path or a name, got {value!r}.")
         if self.threads is not None:
-            check_number("threads", self.threads, low=1, high=THREADS, whole=True)
+            check_number("threads", self.threads, low=1, high=MAX_THREADS, whole=True)
 
     def load(self) -> LanguageModel:
         """Load the model and set the number of threads."""
@@ -76,10 +70,7 @@ class ModelConfig:
             trust_remote_code=self.trust_remote_code,
             packed_weights=None if self.packed_weights else False,
         )
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        elif sum(p.numel() for p in model.model.parameters()) < SMALL:
-            torch.set_num_threads(1)
+        set_threads(self.threads, model.model)
         return model
 
     def identity(self, model: LanguageModel) -> dict[str, Any]:

@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trueline.errors import ConfigError, ModelError
-from trueline.train.adapters.stack import CONFIG, PREFIX, WEIGHTS, AdapterStack, LowRank
+from trueline.errors import ConfigError
+from trueline.models.adapter import CONFIG, PREFIX, WEIGHTS
+from trueline.models.checkpoint import HEADS, load_as_saved
+from trueline.models.hub import find_model
+from trueline.train.adapters.saved import LowRank
+from trueline.train.adapters.stack import AdapterStack
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
-HEADS = ("classifier", "score", "classification_head")
-"""Names of the head of a sequence classifier."""
 
 
 @dataclass(frozen=True)
@@ -174,17 +176,6 @@ def load_base(folder: str | Path, *, outputs: int | None = None) -> tuple[Any, A
 
     `outputs` makes room for a classifier's head of another size than the folder's.
     """
-    import transformers
-
-    own = {} if outputs is None else {"num_labels": outputs, "ignore_mismatched_sizes": True}
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        name = (config.architectures or ["none"])[0]
-        model = getattr(transformers, name).from_pretrained(folder, dtype="auto", **own)
-    except (OSError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f'Cannot load the base model "{folder}": {reason}') from error
-    try:
-        return model, transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
-        return model, None
+    head = None if outputs is None else {"num_labels": outputs}
+    loaded = load_as_saved(find_model(folder), head=head)
+    return loaded.model, loaded.tokenizer

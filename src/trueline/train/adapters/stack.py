@@ -13,162 +13,36 @@ last adapter that saves one decides, and the next task's copy starts from it.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel
 
 from trueline.errors import ConfigError, ModelError
 from trueline.methods.inf_lora import outside
 from trueline.methods.o_lora import row_basis
-from trueline.records.hashes import file_hash
+from trueline.models.adapter import PREFIX, add_lora, is_conv1d, steady_config
+from trueline.train.adapters.saved import LowRank, SavedLora, read_lora
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-ODD = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias in lora_B",
-    "trainable_token_indices": "trained tokens",
-    "target_parameters": "LoRA on bare parameters",
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "monteclora_config": "MonteCLoRA",
-    "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
-}
-"""Options of PEFT's LoRA that are more than a product of two matrices, or change the base."""
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """One module's part of an adapter: dW = scaling b a."""
-
-    a: Tensor
-    """rank x d_in"""
-    b: Tensor
-    """d_out x rank"""
-    scaling: float
-
-    def delta(self) -> Tensor:
-        """Return dW in float32, d_out x d_in."""
-        return self.scaling * (self.b.float() @ self.a.float())
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA that PEFT wrote, read back; made by `read_adapter`."""
-
-    folder: Path
-    config: dict[str, Any] = field(repr=False)
-    modules: Mapping[str, LowRank] = field(repr=False)
-    """By the module's name in the base model."""
-    saved: Mapping[str, Tensor] = field(repr=False)
-    """Parameters saved whole, by name: those of `modules_to_save`."""
-
-    def rank_of(self, module: str) -> int:
-        """Return the rank that the configuration gives a module."""
-        pattern = self.config.get("rank_pattern") or {}
-        return int(pattern.get(get_pattern_key(list(pattern), module), self.config["r"]))
-
-    def weights_hash(self) -> str:
-        """Return the hash of the weights' file."""
-        return self.file_hashes()[WEIGHTS]
-
-    def file_hashes(self) -> dict[str, str]:
-        """Return a hash of each file that decides what the adapter does."""
-        return {name: file_hash(self.folder / name) for name in (CONFIG, WEIGHTS)}
-
-
-def read_adapter(folder: str | Path) -> Adapter:
-    """Return the LoRA in a folder.
-
-    Raises `ModelError` where there is none, or one that is more than a low-rank addition (DoRA, a
-    trained bias, embeddings, convolutions).
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        state = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f'Cannot read the adapter in "{folder}": {error} Give a folder with {CONFIG} and '
-            f"{WEIGHTS}."
-        ) from None
-    _refuse(folder, config)
-    patterns = config.get("alpha_pattern") or {}
-    pairs: dict[str, dict[str, Tensor]] = {}
-    saved: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        name = key.removeprefix(PREFIX)
-        for part in ("a", "b"):
-            if name.endswith(end := f".lora_{part.upper()}.weight"):
-                pairs.setdefault(name.removesuffix(end), {})[part] = tensor
-                break
-        else:
-            if "lora_" in name:
-                raise ModelError(
-                    f'Adapter "{folder}" has "{name}", which is no LoRA on a linear module. Train '
-                    "adapters on linear modules."
-                )
-            saved[name] = tensor
-    modules = {}
-    for module, pair in pairs.items():
-        if set(pair) != {"a", "b"} or any(t.dim() != 2 for t in pair.values()):
-            raise ModelError(
-                f'Adapter "{folder}": module "{module}" has no two matrices. Train adapters on '
-                "linear modules."
-            )
-        rank = pair["a"].shape[0]
-        alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        modules[module] = LowRank(pair["a"], pair["b"], scaling)
-    if not modules:
-        raise ModelError(f'Adapter "{folder}" has no LoRA weights. Save it with save_pretrained.')
-    return Adapter(folder, config, modules, saved)
-
-
-def _refuse(folder: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    odd = [words for name, words in ODD.items() if config.get(name)]
-    if kind != "LORA":
-        odd = [f"the kind {kind}"]
-    elif config.get("bias", "none") != "none":
-        odd.append("a trained bias")
-    if odd:
-        raise ModelError(
-            f'Adapter "{folder}" uses {", ".join(odd)}, which cannot be stacked exactly. Train a '
-            'plain LoRA (bias "none").'
-        )
 
 
 @dataclass(frozen=True)
 class AdapterStack:
     """Adapters of tasks in the order in which they were learned; may be empty."""
 
-    adapters: tuple[Adapter, ...] = ()
+    adapters: tuple[SavedLora, ...] = ()
 
     @classmethod
     def load(cls, folders: Sequence[str | Path]) -> AdapterStack:
         """Read the folders; raises `ModelError` where modules of the same name differ in size."""
-        adapters = tuple(read_adapter(folder) for folder in folders)
+        adapters = tuple(read_lora(folder) for folder in folders)
         sizes: dict[str, tuple[int, int]] = {}
         for adapter in adapters:
             for name, module in adapter.modules.items():
@@ -225,24 +99,7 @@ class AdapterStack:
         parts = [(name, _linear(model, name)) for name in self.modules]
         uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         for name, module in parts:
-            weight: Any = module.weight
-            if not weight.is_floating_point() or type(weight).__name__ == "Params4bit":
-                raise ModelError(
-                    f'Module "{name}" is quantised, and adapters cannot be merged into it exactly. '
-                    "Load the base without quantisation."
-                )
-            part = self.of(name)[0]
-            size, own = tuple(linear_weight(module).shape), (part.b.shape[0], part.a.shape[1])
-            if size != own:
-                raise ModelError(
-                    f'Module "{name}" is {size[0]} x {size[1]}, the adapter\'s {own[0]} x '
-                    f"{own[1]}. Give the adapter's own base model."
-                )
-            if uses[id(weight)] > 1:
-                raise ModelError(
-                    f'Module "{name}" shares its weight with another, which merging would change '
-                    "too. Leave it out of `target_modules`."
-                )
+            _check_fit(name, module, self.of(name)[0], uses[id(module.weight)])
         with torch.no_grad():
             for name, module in parts:
                 weight = module.weight
@@ -250,20 +107,24 @@ class AdapterStack:
                 if is_conv1d(module):
                     delta = delta.T  # type: ignore[union-attr]
                 weight.copy_((weight.float() + delta).to(weight.dtype))
-            parameters = dict(model.named_parameters(remove_duplicate=False))
-            buffers = dict(model.named_buffers())
-            for name, tensor in self.saved.items():
-                target = parameters.get(name, buffers.get(name))
-                if target is None or target.shape != tensor.shape:
-                    found = "has none" if target is None else f"has {tuple(target.shape)}"
-                    raise ModelError(
-                        f'The adapters saved "{name}" of {tuple(tensor.shape)}, the model {found}. '
-                        "Load the base with the same head."
-                    )
-                target.copy_(tensor)
+            self._copy_saved(model)
         if self.adapters:
             model._merged_stack = self.file_hashes()  # type: ignore[assignment]
         return model
+
+    def _copy_saved(self, model: nn.Module) -> None:
+        """Copy the parameters that adapters saved whole into the model."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        buffers = dict(model.named_buffers())
+        for name, tensor in self.saved.items():
+            target = parameters.get(name, buffers.get(name))
+            if target is None or target.shape != tensor.shape:
+                found = "has none" if target is None else f"has {tuple(target.shape)}"
+                raise ModelError(
+                    f'The adapters saved "{name}" of {tuple(tensor.shape)}, the model {found}. '
+                    "Load the base with the same head."
+                )
+            target.copy_(tensor)
 
     def attach(
         self, model: Any, config: LoraConfig, *, orthogonal_start: bool = False
@@ -279,12 +140,32 @@ class AdapterStack:
         if isinstance(model, PeftModel):
             raise ConfigError("`model` has an adapter already. Give the untouched base model.")
         self.merge(model)
-        with _conv1d_is_known():
-            peft = get_peft_model(model, config)
+        peft: PeftModel = add_lora(model, config)
         if orthogonal_start:
             for name, layer in adapter_layers(peft).items():
                 _leave_span(layer.lora_A["default"].weight, self.past_rows(name))
         return peft
+
+
+def _check_fit(name: str, module: nn.Module, part: LowRank, uses: int) -> None:
+    """Raise `ModelError` unless the part can be added to the module's weight exactly."""
+    weight: Any = module.weight
+    if not weight.is_floating_point() or type(weight).__name__ == "Params4bit":
+        raise ModelError(
+            f'Module "{name}" is quantised, and adapters cannot be merged into it exactly. '
+            "Load the base without quantisation."
+        )
+    size, own = tuple(linear_weight(module).shape), (part.b.shape[0], part.a.shape[1])
+    if size != own:
+        raise ModelError(
+            f'Module "{name}" is {size[0]} x {size[1]}, the adapter\'s {own[0]} x {own[1]}. '
+            "Give the adapter's own base model."
+        )
+    if uses > 1:
+        raise ModelError(
+            f'Module "{name}" shares its weight with another, which merging would change too. '
+            "Leave it out of `target_modules`."
+        )
 
 
 def _leave_span(a: Tensor, past: Tensor | None) -> None:
@@ -314,6 +195,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     # Embeddings are never trained here; "auto" would ask the hub whether they were.
     model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing
+    steady_config(folder)
     return folder
 
 
@@ -338,18 +220,3 @@ def linear_weight(module: nn.Module) -> Tensor:
     inner: Any = getattr(module, "base_layer", module)
     weight: Tensor = inner.weight
     return weight.T if is_conv1d(inner) else weight
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is GPT-2's Conv1D: a linear one with a transposed weight."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-@contextlib.contextmanager
-def _conv1d_is_known() -> Iterator[None]:
-    """PEFT sets fan_in_fan_out for Conv1D by itself, and warns that it does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-        yield

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from trueline.errors import ConfigError, DataError, ModelError
 from trueline.methods.drift import factor_of
-from trueline.train.adapters.stack import PREFIX
+from trueline.models.adapter import PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

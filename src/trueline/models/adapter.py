@@ -1,0 +1,249 @@
+"""Adapters that PEFT wrote: found, checked against their own configuration, put on a model.
+
+PEFT starts what a file lacks at zero or at random and warns at most. Here an adapter is refused
+unless each of its tensors is there, has the shape that its configuration gives it, is finite, and
+has a place in the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trueline.errors import ConfigError, ModelError, check_number, suggestion
+from trueline.models.checkpoint import (
+    listed,
+    pickle_refusal,
+    quiet,
+    read_object,
+    reading,
+    tensor_shapes,
+)
+from trueline.models.hub import download_adapter, looks_local, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+LORA = re.compile(r"(.*)\.lora_(A|B)\.weight")
+
+
+def find_adapter(name: str | Path) -> Path:
+    """Return the folder of an adapter: a folder's own, or of a copy of the hub's.
+
+    Raises `ModelError` where there is none; the folder of an unfinished run names its checkpoint.
+    """
+    path = Path(name).expanduser()
+    if (path / CONFIG).is_file():
+        return path
+    if path.is_dir():
+        raise ModelError(_no_adapter(name, path))
+    if looks_local(name) or path.exists():
+        raise ModelError(f'No adapter folder at "{name}". Give a folder or a hub name.')
+    return download_adapter(str(name))
+
+
+def _no_adapter(name: str | Path, path: Path) -> str:
+    """Return what a folder without an adapter is, and what to give in its place."""
+    inside = sorted(path.glob(f"checkpoints/checkpoint-*/{CONFIG}"), key=_step)
+    inside += sorted(path.glob(f"checkpoint-*/{CONFIG}"), key=_step)
+    if inside:
+        return (
+            f'Folder "{name}" is a run that has not finished: it has no adapter yet. Go on with it '
+            f'by --resume, or give its last checkpoint, "{inside[-1].parent}".'
+        )
+    stages = sorted(path.glob(f"stages/*/adapter/{CONFIG}"), key=lambda p: _step(p.parent))
+    if stages:
+        return (
+            f'Folder "{name}" holds several adapters. Make one of them by `trueline export '
+            f'--adapters {name} --to DIR`, or give one, e.g. "{stages[-1].parent}".'
+        )
+    if (path / "config.json").is_file():
+        return f'Folder "{name}" is a model, not an adapter. Give it as --model.'
+    return f'Folder "{name}" holds no adapter: it has no {CONFIG}.'
+
+
+def _step(path: Path) -> int:
+    return int(re.sub(r"\D", "", path.parent.name) or 0)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return an adapter's configuration; `ModelError` for what PEFT cannot have written."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    config = read_object(folder / CONFIG)
+    kind = config.get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ModelError(
+            f'Adapter "{folder}": {CONFIG} names the unknown kind {kind!r} (`peft_type`).'
+            f"{suggestion(str(kind), [known.value for known in PEFT_TYPE_TO_CONFIG_MAPPING])}"
+        )
+    if kind == "LORA":
+        _check_lora_config(folder, config)
+    return config
+
+
+def _check_lora_config(folder: Path, config: Mapping[str, Any]) -> None:
+    try:
+        check_number("r", config.get("r"), low=1, whole=True)
+        check_number("lora_alpha", config.get("lora_alpha"))
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = config.get(name) or {}
+            if not isinstance(pattern, dict):
+                raise ConfigError(f"`{name}` must be an object, got {pattern!r}.")
+            for value in pattern.values():
+                check_number(name, value, low=1 if name == "rank_pattern" else float("-inf"))
+        targets = config.get("target_modules")
+        if not isinstance(targets, (str, type(None))) and not (
+            isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+        ):
+            raise ConfigError(f"`target_modules` must be text or a list of it, got {targets!r}.")
+    except ConfigError as error:
+        raise ModelError(f'Adapter "{folder}": {CONFIG}: {error}') from None
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """Return the configuration of an adapter whose file of weights is whole and fits it.
+
+    Raises `ModelError` for weights that are missing, pickled, damaged, of another rank than the
+    configuration's, or not finite.
+    """
+    config = read_adapter_config(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if pickled := sorted(p.name for p in folder.glob("*.bin")):
+            raise ModelError(pickle_refusal(folder, pickled[0]))
+        raise ModelError(
+            f'Folder "{folder}" holds the configuration of an adapter and no weights: it has no '
+            f"{WEIGHTS}."
+        )
+    shapes = tensor_shapes(path)
+    if config["peft_type"] == "LORA":
+        for name, shape in shapes.items():
+            if (match := LORA.fullmatch(name)) and len(shape) == 2:
+                rank = rank_of(config, match[1].removeprefix(PREFIX))
+                found = shape[0 if match[2] == "A" else 1]
+                if found != rank:
+                    raise ModelError(
+                        f'Adapter "{folder}": "{name}" has rank {found}, {CONFIG} says {rank} '
+                        "(`r`). The two files do not belong together."
+                    )
+    check_finite(folder, read_tensors(path))
+    return config
+
+
+def rank_of(config: Mapping[str, Any], module: str) -> int:
+    """Return the rank that a LoRA's configuration gives a module."""
+    from peft.utils.other import get_pattern_key
+
+    pattern = config.get("rank_pattern") or {}
+    return int(pattern.get(get_pattern_key(list(pattern), module), config["r"]))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; raises `ModelError` for one that is damaged."""
+    from safetensors.torch import load_file
+
+    tensor_shapes(path)
+    return load_file(path)
+
+
+def check_finite(name: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ModelError` if any tensor holds a number that is not finite."""
+    odd = [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if odd:
+        raise ModelError(
+            f'Adapter "{name}" holds numbers that are not finite (NaN or infinity) in '
+            f"{listed(odd)}: its training went wrong. Give an earlier checkpoint, or train again "
+            "with a lower learning rate."
+        )
+
+
+def put_adapter(
+    model: Any, name: str | Path, folder: Path, *, trainable: bool = False, on: str = ""
+) -> Any:
+    """Return the model with the adapter in a folder on it, by PEFT; each tensor has its place.
+
+    `name` and `on` are what errors call the adapter and the model. Raises `ModelError` for an
+    adapter of another model, or one that lacks a part.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    config = check_adapter(folder)
+    with quiet(), reading(name, "adapter"):
+        settings: Any = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = not trainable
+        tuned = get_peft_model(model, settings)
+        result: Any = tuned.load_adapter(str(folder), "default", is_trainable=trainable)
+    embedded = ("embed_tokens", "lm_head", "wte")
+    missing = [k for k in result.missing_keys if not _is_shared(config, k)]
+    unexpected = [k for k in result.unexpected_keys if not any(e in k for e in embedded)]
+    for what, names in (("lacks", missing), ("has no place in the model for", unexpected)):
+        if names:
+            raise ModelError(
+                f'Adapter "{name}" does not fit model "{on}": it {what} {listed(names)}. '
+                "Give the adapter's own base model, and all of its file."
+            )
+    return tuned
+
+
+def _is_shared(config: Mapping[str, Any], key: str) -> bool:
+    """Return whether a kind of adapter draws this tensor from its configuration, as VeRA does."""
+    kind = config.get("peft_type")
+    return kind == "VERA" and "vera_" in key and not config.get("save_projection", True)
+
+
+def add_lora(model: Any, config: Any) -> Any:
+    """Return the model with a fresh adapter of this `peft.LoraConfig` on it, named "default".
+
+    Raises:
+        ConfigError: `target_modules` names no linear module, or the rank is above every width.
+    """
+    import torch
+    from peft import get_peft_model
+
+    linear = {
+        name.rpartition(".")[2]: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) or is_conv1d(module)
+    }
+    widest = max((max(m.weight.shape) for m in linear.values()), default=0)
+    if not 0 < config.r <= widest:
+        raise ConfigError(
+            f"The adapter's rank must be from 1 to {widest}, the widest of the model's modules, "
+            f"got {config.r}."
+        )
+    try:
+        with quiet():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        targets = config.target_modules
+        shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+        raise ConfigError(
+            f'No adapter for `target_modules` "{shown}": {one_line(error)} Linear modules of this '
+            f'model: {", ".join(linear)}; or "all-linear".'
+        ) from None
+
+
+def steady_config(folder: Path) -> None:
+    """Write a configuration of PEFT's again with its sets of names in order.
+
+    PEFT writes them in the order of a hash that differs from run to run.
+    """
+    path = folder / CONFIG
+    config = read_object(path)
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def is_conv1d(module: Any) -> bool:
+    """Return whether a module is GPT-2's Conv1D: a linear one with a transposed weight."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
