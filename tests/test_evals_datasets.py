@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -170,7 +171,11 @@ def test_load_personal(tmp_path):
 
 def test_hugging_face_data_sets(monkeypatch, tmp_path):
     stub = types.ModuleType("datasets")
-    stub.load_dataset = lambda name: {"train": [{"prompt": "a"}], "test": [{"prompt": name}]}
+    stub.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)
+    stub.load_dataset = lambda name, config: {
+        "train": [{"prompt": "a"}],
+        "test": [{"prompt": name}],
+    }
     stub.load_from_disk = lambda path: [{"prompt": "from disk"}]
     monkeypatch.setitem(sys.modules, "datasets", stub)
     assert load_prompts("hf:owner/set")[0].prompt == "owner/set"
@@ -182,6 +187,15 @@ def test_hugging_face_data_sets(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="pip install datasets"):
         list(read_rows("hf:owner/set"))
+
+
+@pytest.mark.parametrize("name", ["", "no/such-set", "a b", "../x", "a/b/c"])
+def test_a_data_set_that_cannot_be_had_is_refused_at_once(name):
+    pytest.importorskip("datasets")
+    start = time.perf_counter()
+    with pytest.raises((ConfigError, DataError)):
+        load_prompts(f"hf:{name}")
+    assert time.perf_counter() - start < 5
 
 
 def test_the_real_sets(shared):

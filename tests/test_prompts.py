@@ -62,6 +62,28 @@ def test_what_the_template_refuses_is_the_callers_error(model):
         encode(lm, [USER, USER])
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7].content.x.y }}",
+        "{{ messages + 1 }}",
+        "{{ [1] * 10 ** 30 }}",
+        "{{ 'a' | nothing }}",
+        "{% for %}",
+        "{{ messages.__class__.__mro__ }}{{ messages.clear() }}",
+        "{{ range(10 ** 9) | list }}",
+        "{{ messages | map('upper', 1) | list }}",
+    ],
+)
+def test_a_template_that_goes_wrong_is_one_line(model, program):
+    lm = LanguageModel(model, byte_tokenizer(program), "wrong")
+    with pytest.raises(DataError, match='chat template of "wrong" refuses') as refused:
+        encode(lm, [USER])
+    assert "\n" not in str(refused.value)
+
+
 def test_padding_is_on_the_left():
     ids, mask = pad_left([[5, 6], [7]], 0, "cpu")
     assert ids.tolist() == [[5, 6], [0, 7]]

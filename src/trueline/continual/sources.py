@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trueline.continual.tasks import Example, normalise
-from trueline.errors import ConfigError, DataError
+from trueline.errors import DataError
+from trueline.models.hub import load_dataset
 from trueline.records.lines import read_jsonl
 
 SPLITS = ("train", "validation", "test")
@@ -50,26 +51,13 @@ def from_datasets(
     name: str, table: Mapping[str, Any], folder: Path
 ) -> tuple[dict[str, list[Row]], list[str] | None]:
     """Return the rows of a Hugging Face data set, and the names of its labels if it has them."""
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            "A Hugging Face data set needs the package datasets. Install it: "
-            "pip install 'trueline[train]'"
-        ) from None
     source, splits = table["dataset"], table.get("splits", {s: s for s in SPLITS})
     local = folder / Path(source).expanduser()
     try:
-        if any((local / f).exists() for f in ("dataset_dict.json", "state.json")):
-            whole: Any = datasets.load_from_disk(str(local))
-        else:
-            whole = datasets.load_dataset(
-                str(local) if local.is_dir() else source, table.get("config")
-            )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f'Task "{name}": cannot load data set "{source}": {reason}') from None
-    if not isinstance(whole, datasets.DatasetDict):
+        whole = load_dataset(str(local) if local.is_dir() else source, table.get("config"))
+    except DataError as error:
+        raise DataError(f'Task "{name}": {error}') from None
+    if not isinstance(whole, dict):  # of splits
         raise DataError(f'Task "{name}": data set "{source}" has no splits. It needs "train".')
     given = table.get("splits", {})
     found: dict[str, list[Row]] = {}

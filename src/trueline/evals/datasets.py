@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trueline.errors import ConfigError, DataError, suggestion
+from trueline.errors import DataError, suggestion
+from trueline.models.hub import load_dataset
 from trueline.records.lines import read_jsonl
 from trueline.types import Message
 
@@ -260,21 +261,8 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]
 
 def _read_hub(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of hf:NAME[:SPLIT], `test` if it exists, else the first split."""
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            f'"{source}" needs the package datasets. Install it: pip install datasets'
-        ) from None
     name, _, split = source.removeprefix("hf:").partition(":")
-    folder = Path(name).expanduser()
-    saved = any((folder / f).is_file() for f in ("dataset_dict.json", "state.json"))
-    try:
-        loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(name)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+    loaded = load_dataset(name)
     if isinstance(loaded, Mapping):
         wanted = split or ("test" if "test" in loaded else next(iter(loaded)))
         if wanted not in loaded:

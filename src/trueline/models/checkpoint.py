@@ -49,7 +49,7 @@ class Loaded:
 def read_config(place: Place) -> Any:
     """Return the configuration; raises `ModelError` for one that describes no model."""
     if place.folder is not None:
-        read_object(place.folder / "config.json")
+        read_object(place.folder / "config.json", place.name)
     config = _from_pretrained("AutoConfig", place, {})
     with reading(place.name):
         for part in (config, config.get_text_config(decoder=True)):
@@ -163,7 +163,7 @@ def _check_files(place: Place, config: Any) -> None:
     assert folder is not None
     files = sorted(folder.glob("*.safetensors"))
     if (index := folder / "model.safetensors.index.json").is_file():
-        named = read_object(index).get("weight_map")
+        named = read_object(index, place.name).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
             raise ModelError(f'Cannot load "{place.name}": {index} has no `weight_map`.')
         files = [folder / name for name in sorted(set(named.values()))]
@@ -213,17 +213,16 @@ def pickle_refusal(name: str | Path, file: str) -> str:
     )
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, name: str = "") -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint; `ModelError` where there is none."""
+    name = name or str(path.parent)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f'Cannot load "{path.parent}": {path.name}: {one_line(error)}.') from None
+        raise ModelError(f'Cannot load "{name}": {path.name}: {one_line(error)}.') from None
     if not isinstance(content, dict):
         kind = "null" if content is None else f"a {type(content).__name__}"
-        raise ModelError(
-            f'Cannot load "{path.parent}": {path.name} must be a JSON object, got {kind}.'
-        )
+        raise ModelError(f'Cannot load "{name}": {path.name} must be a JSON object, got {kind}.')
     return content
 
 

@@ -9,13 +9,15 @@ Asked in vain, the hub's own client retries for half a minute; `reachable` finds
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trueline.errors import ConfigError, ModelError
+from trueline.errors import ConfigError, DataError, ModelError
 
 BUNDLED = ("tiny",)
 """Models that come with the package."""
@@ -141,6 +143,46 @@ def download_adapter(name: str) -> Path:
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(f'Cannot load adapter "{name}": {one_line(error)}') from None
     return Path(folder)
+
+
+def load_dataset(name: str, config: str | None = None) -> Any:
+    """Return a Hugging Face data set: of a folder, one that was saved to disk, or the hub.
+
+    Raises:
+        ConfigError: The package `datasets` is missing.
+        DataError: No data set has this name, or neither hub nor cache can be had.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            "A Hugging Face data set needs the package datasets. Install it: pip install datasets"
+        ) from None
+    folder = Path(name).expanduser()
+    try:
+        if any((folder / f).is_file() for f in ("dataset_dict.json", "state.json")):
+            return datasets.load_from_disk(str(folder))
+        if _is_dir(folder):
+            return datasets.load_dataset(str(folder), config)
+        check_hub_name(name)
+        with _offline(datasets.config, not reachable()):
+            return datasets.load_dataset(name, config)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f'Data set "{name}" cannot be loaded: {one_line(error)}') from None
+
+
+@contextlib.contextmanager
+def _offline(config: Any, offline: bool) -> Iterator[None]:
+    """Keep `datasets` and the hub's client from trying again and again what cannot be had."""
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if offline:
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def one_line(error: BaseException) -> str:

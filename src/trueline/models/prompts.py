@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trueline.errors import DataError, ModelError
+from trueline.models.hub import one_line
 from trueline.types import Message
 
 if TYPE_CHECKING:
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trueline.models.load import LanguageModel
+
+
+TEMPLATE_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError,
+                   RecursionError, MemoryError, AssertionError)  # fmt: skip
+"""What the program in a chat template can come to, besides errors of its language."""
 
 
 def encode(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
@@ -94,8 +100,10 @@ def _apply(model: LanguageModel, messages: Sequence[Message]) -> str:
                 continue_final_message=open_answer,
             )
         )
-    except (TemplateError, ValueError) as error:
-        raise DataError(f'The chat template of "{model.name}" refuses this chat: {error}') from None
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
+        raise DataError(
+            f'The chat template of "{model.name}" refuses this chat: {one_line(error)}'
+        ) from None
 
 
 def _folds_system(model: LanguageModel) -> bool:
