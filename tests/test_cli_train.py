@@ -430,7 +430,7 @@ def test_a_folder_of_adapters_stands_for_them_in_order(trained, second, tmp_path
         (("--adapters", "none"), 'No adapter at "none"'),
         (("--adapters", "A", "--dtype", "float32"), "go with `--form merged`"),
         (("--adapters", "A", "--form", "merged", "--dtype", "float31"), 'Did you mean "float32"'),
-        (("--adapters", "A", "--form", "merged", "--model", "none"), "Cannot load the base model"),
+        (("--adapters", "A", "--form", "merged", "--model", "none"), 'Cannot load "none"'),
     ],
 )
 def test_an_export_that_cannot_be_meant_is_refused(argv, wanted, trained, tmp_path, capsys):
