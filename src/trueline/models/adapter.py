@@ -212,16 +212,16 @@ def add_lora(model: Any, config: Any) -> Any:
         if isinstance(module, torch.nn.Linear) or is_conv1d(module)
     }
     widest = max((max(m.weight.shape) for m in linear.values()), default=0)
-    if not 0 < config.r <= widest:
+    if not 0 < (rank := getattr(config, "r", 1)) <= widest:
         raise ConfigError(
             f"The adapter's rank must be from 1 to {widest}, the widest of the model's modules, "
-            f"got {config.r}."
+            f"got {rank}."
         )
     try:
         with quiet():
             return get_peft_model(model, config)
     except ValueError as error:
-        targets = config.target_modules
+        targets = getattr(config, "target_modules", None)
         shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
         raise ConfigError(
             f'No adapter for `target_modules` "{shown}": {one_line(error)} Linear modules of this '

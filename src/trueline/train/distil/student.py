@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from trueline.errors import ConfigError
+from trueline.models.adapter import add_lora
+from trueline.models.checkpoint import read_tokenizer
+from trueline.models.hub import find_model
 from trueline.models.load import LanguageModel, load_model
 
 if TYPE_CHECKING:
@@ -27,15 +30,13 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: InverseQConfi
         model = load_model(model, raw=args.raw, packed_weights=False)
     if not isinstance(model, LanguageModel):
         name = getattr(model.config, "_name_or_path", "") or "model"
-        found = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
+        found = read_tokenizer(find_model(name)) if tokenizer is None else tokenizer
         model = LanguageModel(model, found, name, args.raw)
     set_seed(args.seed)
     if peft_config is not None:
-        from peft import get_peft_model
-
         if model.has_adapter:
             raise ConfigError("`model` has an adapter already. Leave out `peft_config`.")
-        adapted: Any = get_peft_model(model.model, peft_config)
+        adapted = add_lora(model.model, peft_config)
         model = LanguageModel(adapted, model.tokenizer, model.name, args.raw)
     if not any(p.requires_grad for p in model.model.parameters()):
         raise ConfigError("No weight is trainable. Load the adapter with `is_trainable=True`.")
