@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from trueline import LanguageModel
 from trueline.methods import METHODS
 
 torch.set_num_threads(1)
+pytest_plugins = ["refusals"]
 
 
 def check_shapes(function):
@@ -140,6 +142,7 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
         folder, mark = base / name, base / f"{name}.made"
         with FileLock(base / f"{name}.lock"):
             if not mark.exists():
+                shutil.rmtree(folder, ignore_errors=True)
                 make(folder)
                 mark.touch()
         return folder

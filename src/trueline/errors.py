@@ -15,9 +15,23 @@ import difflib
 import math
 from collections.abc import Iterable
 
+LONGEST = 600
+"""Characters of a message; what a user gave can be a megabyte."""
+
 
 class TruelineError(Exception):
-    """The root: catch this to catch everything Trueline raises on purpose."""
+    """The root: catch this to catch everything Trueline raises on purpose.
+
+    Its text is one line that a terminal can show, whatever it quotes: other characters are escaped,
+    and the middle of a long one is left out.
+    """
+
+    def __str__(self) -> str:
+        text = " ".join(line.strip() for line in super().__str__().splitlines())
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 3 :]}"
+        shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return "".join(shown)
 
 
 class ConfigError(TruelineError, ValueError):
@@ -35,7 +49,7 @@ class ModelError(TruelineError, RuntimeError):
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean "..."?` for the closest known name, or the known names."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     if close:
         return f' Did you mean "{close[0]}"?'
     return f" Known: {', '.join(known)}." if known else ""

@@ -217,6 +217,8 @@ def _check(
         if name not in known:
             hint = suggestion(name, known) if len(known) <= 30 else _closest(name, known)
             raise ConfigError(f'Unknown setting "{full}" ({source}).{hint}')
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"`{full}` holds a NUL character ({source}). Leave it out.")
         field, kind = known[name]
         if (table := table_of(kind)) is not None and isinstance(value, Mapping):
             checked[name] = _check(value, [table], source, f"{full}.")
