@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
             hint = hint if "Did you mean" in hint else f" See {parser.prog} --help."
             raise ConfigError(f'Unknown argument "{word}".{hint}')
         if hasattr(parsed, "parser"):
-            check_words(parsed)
+            check_paths(parsed)
         return parsed
 
     def error(self, message: str) -> NoReturn:
@@ -71,20 +71,12 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
 
 
-def check_words(args: argparse.Namespace) -> None:
-    """Raise `ConfigError` for a word that is no text, and for a file or folder with no name."""
+def check_paths(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for a file or folder with no name, which would be the current folder."""
     for action in args.parser._actions:
-        name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
         given = getattr(args, action.dest, None)
-        for word in given if isinstance(given, (list, tuple)) else [given]:
-            if not isinstance(word, str):
-                continue
-            if "\0" in word:
-                raise ConfigError(f"`{name}` holds a NUL character. Leave it out.")
-            if any("\ud800" <= c <= "\udfff" for c in word):
-                raise ConfigError(f"`{name}` is not UTF-8: it holds half of a surrogate pair.")
-            if not word and action.metavar in ("FILE", "DIR"):
-                raise ConfigError(f"`{name}` is empty. Give a path, or leave it out.")
+        if action.metavar in ("FILE", "DIR") and (given == "" or given == [""]):
+            raise ConfigError(f"`{action.option_strings[-1]}` is empty. Give a path.")
 
 
 def build_parser(words: Sequence[str] = (), *, complete: bool = False) -> Parser:
