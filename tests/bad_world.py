@@ -391,13 +391,16 @@ def _runs(folder: Path) -> None:
         _variant(run, f"r_{name}", edit)
     distilled = folder / "distilled"
     for name, edit in {
-        "run_list": _content("run.json", b"[]"),
-        "run_text": _content("run.json", b"{"),
-        "settings_text": _json("run.json", settings="x"),
-        "sessions_number": _json("run.json", sessions=5),
-        "log_junk": lambda f: (_json("run.json", results=None)(f),
-                               (f / "log.jsonl").write_text("junk\n")),
-    }.items():  # fmt: skip
+        "manifest_list": _content("manifest.json", b"[]"),
+        "manifest_text": _content("manifest.json", b"{"),
+        "settings_text": _json("manifest.json", settings="x"),
+        "sessions_number": _json("manifest.json", sessions=5),
+        "log_junk": lambda f: (
+            _json("manifest.json", finished=False)(f),
+            (f / "results.json").unlink(),
+            (f / "log.jsonl").write_text("junk\n"),
+        ),
+    }.items():
         _variant(distilled, f"d_{name}", edit)
     for name, content in {"list": b"[]", "text": b"{", "rows": b"5\n"}.items():
         shutil.copy(folder / "done.jsonl", folder / f"done_{name}.jsonl")
