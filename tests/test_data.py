@@ -50,6 +50,10 @@ BAD = {
     '{"messages": ["Hi"]}': "A message must be",
     '{"messages": [{"role": "bot", "content": "Hi"}]}': 'got "bot"',
     '{"messages": [{"role": "user", "content": ""}]}': "user message is empty",
+    '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}': "content parts",
+    '{"messages": [{"role": "user", "content": "Hi", "name": "x"}]}': 'has also "name"',
+    '{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}': '"tool_calls"',
+    '{"prompt": "Hi", "x": 1e999}': "cannot read the JSON: 1e999 is too large for a number",
     '{"prompt": "Hi", "system": null}': 'field "system" must be a string, got null',
     '{"prompt": "Hi", "principle": " "}': 'field "principle" is empty',
     '{"prompt": "Hi", "seed": "1"}': 'field "seed" must be a whole number',
@@ -112,8 +116,11 @@ def test_ids_are_unique_and_a_number_is_no_string(tmp_path):
         (lambda path: path.mkdir(), "Is a directory"),
         (lambda path: path.write_text(""), "the file is empty"),
         (lambda path: path.write_text("\n\n"), "the file is empty"),
+        (lambda path: path.write_bytes('{"prompt": "Hi"}'.encode("utf-16")), "is UTF-16"),
+        (lambda path: path.write_bytes('{"prompt": "Hi"}'.encode("utf-16-le")), "is UTF-16"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device"),
     ],
-    ids=["missing", "folder", "empty", "blank"],
+    ids=["missing", "folder", "empty", "blank", "utf-16", "utf-16 without a mark", "device"],
 )
 def test_a_file_that_cannot_be_used(tmp_path, make, reason):
     path = tmp_path / "a.jsonl"
@@ -121,6 +128,27 @@ def test_a_file_that_cannot_be_used(tmp_path, make, reason):
     with pytest.raises(DataError, match=reason) as error:
         read_prompts(path)
     assert str(error.value).startswith(f"{path}: ")
+
+
+def test_a_message_is_not_printed_whole(tmp_path):
+    message = {"role": "user", "content": "a" * 10**6, "name": "b" * 10**6}
+    path = write(tmp_path / "a.jsonl", json.dumps({"messages": [message]}))
+    assert len(read_prompts(path).bad[0].error) < 200
+
+
+def test_a_pipe_is_read_once_and_hashed(tmp_path):
+    import hashlib
+    import os
+    import threading
+
+    path, content = tmp_path / "pipe", b'{"prompt": "Hi"}\n'
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_bytes(content))
+    writer.start()
+    given = read_prompts(path)
+    writer.join()
+    assert given.rows[0].messages[0]["content"] == "Hi"
+    assert given.sha256 == hashlib.sha256(content).hexdigest()
 
 
 def row(i: int) -> dict[str, object]:

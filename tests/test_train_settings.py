@@ -176,6 +176,7 @@ def test_what_a_class_checks_itself_becomes_a_config_error():
         (b'a = """x\n\n', r"run.toml:2: broken TOML: "),
         (b"a = 1\na = 2\n", r"run.toml:2: broken TOML.*overwrite"),
         (b"a = '\xff'", r"run.toml: not UTF-8 at byte 6"),
+        ("a = 1".encode("utf-16"), r"run.toml: is UTF-16"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path, text, wanted):
@@ -189,7 +190,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_toml(tmp_path / "none.toml")
 
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 VALUES = st.recursive(
     st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
@@ -202,8 +203,18 @@ def test_whatever_is_written_is_read_back(values):
     assert tomllib.loads(write_toml(values)) == values
 
 
+def test_a_byte_order_mark_is_taken(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfa = 1\n")
+    assert read_toml(tmp_path / "run.toml") == {"a": 1}
+
+
+def test_a_path_with_a_nul_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no path can hold a NUL"):
+        read_toml("a\0b.toml")
+
+
 def test_none_is_left_out_or_spelt():
-    assert write_toml({"a": None, "b": [1, None], "c": {"d": None}}) == "b = [1]\n\n[c]\n"
+    assert write_toml({"a": None, "b": [1, None], "c": {"d": None}}) == "b = [\n    1,\n]\n\n[c]\n"
     # None is not the default of `limit`, and is that of `report_to`
     whole = resolved({"output": "o", "limit": None, "report_to": None}, BOTH)
     assert whole["limit"] == "none"

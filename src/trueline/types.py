@@ -141,11 +141,24 @@ def check_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Message]
         messages = [{"role": "user", "content": messages}]
     checked: list[Message] = []
     for message in messages:
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise DataError(f'A message must be {{"role": ..., "content": ...}}, got {message!r}.')
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            got = repr(message)
+            got = got if len(got) <= 80 else f"{got[:77]}..."
+            raise DataError(f'A message must be {{"role": ..., "content": ...}}, got {got}.')
+        if more := [str(key)[:40] for key in message if key not in ("role", "content")]:
+            raise DataError(
+                f'A message has "role" and "content" alone; this one has also "{more[0]}". Leave '
+                "it out."
+            )
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise DataError(f'`role` must be one of {", ".join(ROLES)}, got "{role}".')
+            raise DataError(f'`role` must be one of {", ".join(ROLES)}, got "{str(role)[:40]}".')
+        if isinstance(content, (list, Mapping)):
+            raise DataError(
+                f"The {role} message is a list of content parts. Give it as one text."
+                if isinstance(content, list)
+                else f"The {role} message must be a text, got an object."
+            )
         if not isinstance(content, str) or not content.strip():
             raise DataError(f"The {role} message is empty. Give it some text.")
         checked.append({"role": role, "content": content})

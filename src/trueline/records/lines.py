@@ -57,11 +57,13 @@ class Content(NamedTuple):
     sha256: str
 
 
-def read_content(path: str | Path) -> Content:
-    """Return the lines of a file or a pipe, and the hash of its bytes.
+def read_input(path: str | Path) -> bytes:
+    """Return the bytes of a file or a pipe that is to hold text in UTF-8.
 
-    Raises `DataError` with the path if it is missing, empty, a folder, a device, or in UTF-16.
+    Raises `DataError` with the path if it is missing, a folder, a device, or in UTF-16.
     """
+    if "\0" in str(path):
+        raise DataError(f"{str(path)!r}: no path can hold a NUL.")
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -70,10 +72,17 @@ def read_content(path: str | Path) -> Content:
             content = file.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
-    except ValueError:
-        raise DataError(f"{str(path)!r}: no path can hold a NUL.") from None
     if content.startswith(UTF_16) or b"\0" in content[:2]:
         raise DataError(f"{path}: is UTF-16. Save it as UTF-8.")
+    return content
+
+
+def read_content(path: str | Path) -> Content:
+    """Return the lines of a file or a pipe, and the hash of its bytes.
+
+    Raises `DataError` as `read_input` does, and for a file that is empty.
+    """
+    content = read_input(path)
     lines = content.removeprefix(BOM).split(b"\n")
     found = [(n, raw) for n, raw in enumerate(lines, 1) if raw.strip()]
     if not found:

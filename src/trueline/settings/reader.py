@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import tomllib
 import typing
@@ -22,8 +21,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
+
 from trueline.errors import ConfigError, DataError, suggestion
-from trueline.records.lines import shown
+from trueline.records.lines import BOM, read_input, shown
 from trueline.settings.annotations import Mismatch, Word, convert, describe, table_of
 from trueline.settings.options import field_docs
 
@@ -33,11 +34,9 @@ C = TypeVar("C")
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Return the settings in a TOML file; `DataError` with path:line where it is none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_input(path).removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start + 1}.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -162,46 +161,17 @@ def explain(classes: Sequence[type]) -> list[tuple[str, str, str]]:
     return rows
 
 
-# TOML out
-
-
 def write_toml(values: Mapping[str, Any]) -> str:
     """Return settings as TOML; what is None is left out, since TOML has no such value."""
-    return "".join(_lines(values, ()))
+    return tomli_w.dumps(_without_none(as_values(values)))
 
 
-def _lines(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterable[str]:
-    tables = {k: v for k, v in values.items() if isinstance(v, Mapping) and v}
-    for name, value in values.items():
-        if name not in tables and value is not None:
-            yield f"{_key(name)} = {_literal(value)}\n"
-    for name, table in tables.items():
-        inner = (*path, name)
-        yield f"\n[{'.'.join(map(_key, inner))}]\n"
-        yield from _lines(table, inner)
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _literal(name)
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-        return repr(value)
-    if isinstance(value, int):
-        return str(int(value))
-    if isinstance(value, str):
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_literal(v) for v in value if v is not None)}]"
-    if isinstance(value, Mapping):
-        inside = (f"{_key(k)} = {_literal(v)}" for k, v in value.items() if v is not None)
-        return f"{{{', '.join(inside)}}}"
-    raise TypeError(f"no TOML for {value!r}")
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_none(v) for v in value if v is not None]
+    return value
 
 
 # Fields
