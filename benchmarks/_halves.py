@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trueline.evals.choice import in_first_half, recommend
 from trueline.evals.metrics import read_outcomes
 from trueline.evals.statistics import mcnemar
-from trueline.evals.sweep import in_first_half, recommend
 
 HALVINGS = 200
 FACTS, PERPLEXITY = 0.05, 2.0

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trueline.jobs.report import (
+from trueline.evals.tables import (
     markdown_table,
     percent,
     point_table,

@@ -13,6 +13,7 @@ import trueline.engine.decoding
 from trueline import SamplingParams, SelfCD, generate, load_model
 from trueline.cli import main
 from trueline.cli.eval import PARTS
+from trueline.jobs import judgements
 
 REFUSAL = ("eval", "refusal", "--limit", 6, "--max-new-tokens", 12, "--batch-size", 4)
 
@@ -222,14 +223,14 @@ def test_implicit_reward_is_that_of_the_python_call(tmp_path, tiny):
 
 
 def test_win_rate_in_both_orders(tmp_path, monkeypatch):
-    class Judge:
+    class Longer:
         def pairwise(self, prompts, first, second, criterion):
             return ["A" if len(a) > len(b) else "B" for a, b in zip(first, second, strict=True)]
 
-    monkeypatch.setattr("trueline.cli.judging.make_judge", lambda *a: (Judge(), {"name": "len"}))
+    monkeypatch.setattr(judgements, "make_judge", lambda *a: (Longer(), {"name": "len"}))
     long = write(tmp_path / "a.jsonl", [{"prompt": "p", "response": "long"}] * 3)
     short = write(tmp_path / "b.jsonl", [{"prompt": "p", "response": "s"}] * 3)
-    options = ("--judge", "local", "--output", tmp_path / "w")
+    options = ("--judge", "local", "--judge-model", "x", "--output", tmp_path / "w")
     assert call("eval", "preference", "--responses", long, short, *options) == 0
     found = results(tmp_path / "w")["numbers"]
     assert (found["wins"], found["losses"], found["win_rate"]["value"]) == (3, 0, 1.0)
@@ -285,7 +286,20 @@ def test_a_report_of_two_runs(swept, tmp_path, capsys):
         (("refusal", "--safe", "no.jsonl"), "no.jsonl"),
         (("sweep", "--grid", "alhpa=1"), 'Did you mean "alpha"'),
         (("sweep", "--metric", "personal"), "--questions FILE"),
-        (("preference", "--responses", "a.jsonl", "b.jsonl"), "a.jsonl"),
+        (("preference", "--responses", "a.jsonl", "b.jsonl"), "A win rate needs"),
+        (
+            (
+                "preference",
+                "--responses",
+                "a.jsonl",
+                "b.jsonl",
+                "--judge",
+                "local",
+                "--judge-model",
+                "tiny",
+            ),
+            "a.jsonl",
+        ),
         (("preference", "--pairs", "x", "--questions", "y"), "one of --pairs and --questions"),
         (("judge", "--labels", "no.jsonl"), "no.jsonl"),
         ((), "required: WHAT"),

@@ -10,8 +10,8 @@ import random
 import pytest
 
 from trueline.cli import main
+from trueline.evals.choice import GOALS, Bound, Goal, choose, with_floor
 from trueline.evals.statistics import perplexity
-from trueline.evals.sweep import GOALS, Bound, Goal, choose, with_floor
 
 GOAL = GOALS["adherence"]
 

@@ -16,7 +16,6 @@ from trueline.evals.preference import (
     PERSONAL_SAMPLING,
     first_letter,
     implicit_rewards,
-    pattern_adherence,
     personal_accuracy,
     personal_choices,
     personal_principle,
@@ -156,14 +155,6 @@ def test_personal_choices_check_their_arguments(llama):
 def test_personal_accuracy_reads_the_diagonal_of_users():
     # rows: questions, columns: users; user j wants answer j
     assert personal_accuracy([[0, 1, 2, 3], [1, 1, -1, 0]]).value == pytest.approx(5 / 8)
-
-
-def test_pattern_adherence():
-    found = pattern_adherence(["Arr, matey", "Hello"], r"\barr\b")
-    assert found.tolist() == [True, False]
-    assert pattern_adherence(["Arr", "Hello"], "arr", absent=True).tolist() == [False, True]
-    with pytest.raises(ConfigError, match="no regular expression"):
-        pattern_adherence(["a"], "(")
 
 
 class Scripted:

@@ -61,7 +61,7 @@ def test_the_bundled_parts_run_and_count_right(benchmark, tmp_path, capsys):
 def test_the_real_parts_run(benchmark, shared, tmp_path, monkeypatch, capsys):
     title = "OKTest, HarmBench"
     monkeypatch.setattr(benchmark, "REFUSAL_SETS", {title: benchmark.REFUSAL_SETS[title]})
-    options = ["--limit", "2", "--output", str(tmp_path), "--shared", str(shared)]
+    options = ["--limit", "6", "--output", str(tmp_path), "--shared", str(shared)]
     benchmark.main([*options, "--part", "real", "hh"])
     report = capsys.readouterr().out
     found = json.loads((tmp_path / "measurement.json").read_text())
@@ -72,9 +72,9 @@ def test_the_real_parts_run(benchmark, shared, tmp_path, monkeypatch, capsys):
     short = [row for row in rows if "error" in row]
     assert all("fits the model" in row["error"] and " 64" in row["error"] for row in short)
     assert {row["data"] for row in short} <= {f"personal questions, by {b}" for b in LETTERS}
-    assert all(row["n"] + row["skipped"] in (2, 4, 8) for row in numbers)
+    assert all(row["n"] + row["skipped"] in (6, 12, 24) for row in numbers)
     reward = {row["model"]: row["numbers"] for row in found["hh"]["rows"] if "numbers" in row}
-    assert reward["stories260K"]["accuracy"]["n"] + reward["stories260K"]["skipped"] == 2
+    assert reward["stories260K"]["accuracy"]["n"] + reward["stories260K"]["skipped"] == 6
     assert "| stories260K |" in report
 
 
@@ -258,5 +258,6 @@ def test_rows_with_an_input_column_are_prompts(tmp_path):
     from trueline.evals.items import adherence_items
 
     path = write(tmp_path / "p.jsonl", [{"principle": "Be sad.", "input": "Hello!", "index": 7}])
-    [item] = adherence_items(str(path), pattern="x")
+    [item], of = adherence_items(str(path), pattern="x")
+    assert of == 1
     assert (item.prompt, item.principle, item.id) == ("Hello!", "Be sad.", "7")

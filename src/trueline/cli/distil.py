@@ -221,11 +221,9 @@ Judging = tuple[list[Any], str, Any]
 
 def read_evaluation(recipe: Recipe, values: dict[str, Any], output: Path) -> Judging | None:
     """Return what judges held-out responses; None where only losses are measured on them."""
-    from types import SimpleNamespace
-
-    from trueline.cli.judging import make_judge
     from trueline.evals.datasets import load_prompts
     from trueline.evals.items import Item, adherence_items
+    from trueline.evals.judging import JudgeConfig, check_judge, make_judge
 
     if recipe.evaluate is None:
         return None
@@ -234,21 +232,14 @@ def read_evaluation(recipe: Recipe, values: dict[str, Any], output: Path) -> Jud
         rows = load_prompts(recipe.evaluate)
         items = [Item(r.id, r.prompt, "unsafe" if r.safe is False else "safe") for r in rows]
     else:
-        items = adherence_items(recipe.evaluate, principle=values.get("principle"))
+        items, _ = adherence_items(recipe.evaluate, principle=values.get("principle"))
         if recipe.judge is None and not any(item.pattern for item in items):
             return None
         if recipe.judge is None and (odd := [item.id for item in items if not item.pattern]):
             raise DataError(f'{recipe.evaluate}: prompt "{odd[0]}" has no "pattern", others have.')
-    asked = SimpleNamespace(
-        judge=recipe.judge,
-        judge_model=recipe.judge_model,
-        judge_url=recipe.judge_url,
-        judge_key_variable="OPENAI_API_KEY",
-        judge_concurrency=8,
-        judge_prices=None,
-    )
     metric = "refusal" if refusal else "adherence"
-    judge, _ = make_judge(asked, metric, output)  # type: ignore[arg-type]
+    asked = check_judge(JudgeConfig(recipe.judge, recipe.judge_model, recipe.judge_url), metric)
+    judge, _ = make_judge(asked, metric, output)
     return items, metric, judge
 
 

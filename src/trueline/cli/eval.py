@@ -9,9 +9,12 @@ trueline eval sweep        any metric over any grid
 from __future__ import annotations
 
 import argparse
+import json
 
+from trueline.cli.bars import bar
 from trueline.cli.options import add_method_options, add_model_options, add_sampling_options
-from trueline.errors import ConfigError, check_number
+from trueline.errors import ConfigError
+from trueline.settings.ranges import parse_values
 
 EXAMPLES = """examples:
   trueline eval refusal --method self-cd --alpha 0:3:0.5
@@ -35,6 +38,7 @@ PARTS = {
     "judge": "how far a judge agrees with people's labels",
     "sweep": "any metric over any grid of settings",
 }
+UNITS = {"judge": "text"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,26 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check what all measurements share and hand over to the one that was asked for."""
-    check_number("batch_size", args.batch_size, low=1, whole=True)
-    if args.limit is not None:
-        check_number("limit", args.limit, low=1, whole=True)
-    if args.what == "judge":
-        from trueline.cli.preference import run_judge
+    """Make the settings of what was asked for, measure, and print the numbers."""
+    from trueline.cli import measuring
 
-        run_judge(args)
-        return
-    if args.n != 1 or args.logprobs:
-        raise ConfigError("A measurement takes one completion a prompt: no `--n`, no `--logprobs`.")
-    check_number("floor", args.floor, low=0, high=1)
-    if args.what == "preference" and (args.responses or args.pairs or args.by == "logprob"):
-        from trueline.cli.preference import run_preference
-
-        run_preference(args)
-        return
-    from trueline.cli.measure import run_points
-
-    run_points(args)
+    with bar(UNITS.get(args.what, "response")) as progress:
+        results = measuring.measured(args, progress)
+    if args.json:
+        print(json.dumps(results.as_dict(), ensure_ascii=False))
+    else:
+        print(f"{results.table()}\n\n{results.folder}")
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +81,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="start again though the folder holds another run")
     add("--json", action="store_true", help="print the results as JSON")
     add("--batch-size", type=int, default=64, metavar="N", help="prompts decoded together (64)")
-    add("--limit", type=int, metavar="N", help="at most N prompts (of each kind), pairs or labels")
+    add("--limit", type=int, metavar="N", help="at most N prompts (of each kind), pairs or labels, "
+        "drawn by --seed and spread over the data's own types")  # fmt: skip
     add(
         "--skip-long",
         action="store_true",
@@ -107,6 +101,7 @@ def _add_data_options(parser: argparse.ArgumentParser, name: str) -> None:
     if name != "preference":
         add("--safe", metavar="FILE", help="prompts that should be answered (bundled ones)")
         add("--unsafe", metavar="FILE", help="prompts that should be refused (bundled ones)")
+    add("--system", metavar="TEXT", help="system text of prompts that have none of their own")
     add("--floor", type=float, default=0.97, metavar="X",
         help="harmful refusals that the recommended setting must keep (0.97)"
         if name != "preference" else argparse.SUPPRESS)  # fmt: skip
@@ -140,8 +135,6 @@ def _add_judge_options(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _values(text: str, *, whole: bool = False) -> float | int | tuple[float | int, ...]:
-    from trueline.evals.sweep import parse_values
-
     try:
         found = parse_values(text, whole=whole)
     except ConfigError as error:

@@ -96,7 +96,7 @@ def export_card(
         model: The base, as it was given or as the adapters name it.
         streams: The R.json of each stream that the adapters come from, by `folder`.
     """
-    from trueline.jobs.report import markdown_table
+    from trueline.evals.tables import markdown_table
     from trueline.records.hashes import versions
     from trueline.train.progress import model_card
 
@@ -230,7 +230,7 @@ def _tables(stream: Stream, result: StreamResult, settings: dict[str, Any]) -> s
     """Return R, its pictures, and the tasks."""
     import math
 
-    from trueline.jobs.report import markdown_table
+    from trueline.evals.tables import markdown_table
 
     def cells(row: Any) -> list[str]:
         return ["" if math.isnan(value) else f"{value:.3f}" for value in row]

@@ -24,8 +24,8 @@ from typing import Any
 
 from trueline.errors import DataError, suggestion
 from trueline.models.hub import load_dataset
-from trueline.records.lines import read_jsonl
-from trueline.types import Message
+from trueline.records.lines import read_jsonl, shown
+from trueline.types import Message, check_messages
 
 PROMPT_COLUMNS = ("prompt", "Behavior", "question", "instruction", "goal", "text", "input")
 ID_COLUMNS = ("id", "BehaviorID", "id_v2", "index")
@@ -44,6 +44,8 @@ class PromptItem:
     group: str | None = None
     """The set's own kind of prompt, such as XSTest's type."""
     row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    context: tuple[Message, ...] = ()
+    """What comes before the prompt: a system message, earlier turns."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,24 @@ class PersonalQuestion:
     users: tuple[str, ...]
     """Who prefers which answer, in the same order, in words."""
     id: str
+    system: str | None = None
 
 
-def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, row) for each row of a file or data set; place is path:line.
+Source = str | Path | Sequence[Any]
+"""A path, hf:NAME[:SPLIT], or a list of rows: texts, chats (lists of messages), or objects."""
+
+
+def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) for each row of a file, data set or list; place is path:line.
 
     Raises:
         DataError: The file is missing, empty or broken, or of an unknown kind.
         ConfigError: `hf:` without the package `datasets`.
     """
+    if not isinstance(source, (str, Path)):
+        for number, row in enumerate(source, 1):
+            yield f"row {number}", _listed(row, number)
+        return
     if str(source).startswith("hf:"):
         yield from _read_hub(str(source))
         return
@@ -95,23 +106,35 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def load_prompts(
-    source: str | Path, *, column: str | None = None, safe: bool | None = None
+    source: Source,
+    *,
+    column: str | None = None,
+    safe: bool | None = None,
+    system: str | None = None,
 ) -> list[PromptItem]:
-    """Return the prompts of a file or data set.
+    """Return the prompts of a file, data set or list.
+
+    A row may have `messages` in place of a prompt, and a `system` text.
 
     Args:
-        source: A path, or hf:NAME[:SPLIT].
+        source: A path, hf:NAME[:SPLIT], or a list.
         column: Which column holds the prompt; by default the first known one of
             prompt, Behavior, question, instruction, goal, text, input.
         safe: Whether the prompts are safe; by default what the rows or the set's name say.
+        system: Goes before chats that have no system text of their own.
 
     Raises:
         DataError: A row without a prompt, with path:line.
     """
-    stem = Path(str(source)).stem.lower().replace("-", "").replace("_", "")
+    named = source if isinstance(source, (str, Path)) else ""
+    stem = Path(str(named)).stem.lower().replace("-", "").replace("_", "")
     of_set = next((value for word, value in SAFE_SETS.items() if word in stem), None)
     items: list[PromptItem] = []
     for number, (place, row) in enumerate(read_rows(source), 1):
+        earlier: list[Message] = []
+        if column is None and "messages" in row and "prompt" not in row:
+            *earlier, last = _chat(place, row["messages"])
+            row = {**row, "prompt": last["content"]}
         name = column or _first(PROMPT_COLUMNS, row)
         if name is None or name not in row:
             raise DataError(
@@ -124,14 +147,16 @@ def load_prompts(
         group = row.get("type") or row.get("category") or row.get("SemanticCategory")
         identity = _first(ID_COLUMNS, row)
         key = str(row[identity]) if identity else str(number)
-        items.append(PromptItem(text, key, is_safe, str(group) if group else None, row))
+        context = tuple(_with_system(place, earlier, row, system))
+        items.append(PromptItem(text, key, is_safe, str(group) if group else None, row, context))
     return _some(items, source)
 
 
-def load_pairs(source: str | Path) -> list[PreferencePair]:
+def load_pairs(source: Source, *, system: str | None = None) -> list[PreferencePair]:
     """Return preference pairs: HH transcripts, or prompt with chosen and rejected answers.
 
-    Pairs whose chosen or rejected answer is empty cannot be compared and are left out.
+    Pairs whose chosen or rejected answer is empty cannot be compared and are left out. `system`
+    goes before chats that have no system text of their own.
 
     Raises:
         DataError: A row that is no pair, with path:line.
@@ -147,6 +172,7 @@ def load_pairs(source: str | Path) -> list[PreferencePair]:
                 messages, chosen, rejected = split_transcripts(chosen, rejected)
             except DataError as error:
                 raise DataError(f"{place}: {error}") from None
+        messages = _with_system(place, messages, row, system)
         if chosen.strip() and rejected.strip():
             pairs.append(PreferencePair(messages, chosen, rejected, key))
     return _some(pairs, source)
@@ -203,7 +229,7 @@ def _answer(messages: Sequence[Message]) -> str:
 
 
 def load_personal(
-    source: str | Path, *, users: Sequence[str] | None = None
+    source: Source, *, users: Sequence[str] | None = None, system: str | None = None
 ) -> list[PersonalQuestion]:
     """Return questions with one answer for each user.
 
@@ -224,10 +250,48 @@ def load_personal(
             raise DataError(f"{place}: {len(answers)} answers for {len(names)} users.")
         key = str(row.get("id", row.get("index", number)))
         question = _string(place, row, "question")
-        questions.append(
-            PersonalQuestion(question, tuple(map(str, answers)), tuple(map(str, names)), key)
-        )
+        own = next((m["content"] for m in _with_system(place, [], row, system)), None)
+        texts = tuple(map(str, answers)), tuple(map(str, names))
+        questions.append(PersonalQuestion(question, *texts, key, own))
     return _some(questions, source)
+
+
+def _chat(place: str, messages: object) -> list[Message]:
+    """Return the messages of a row, of which the last is a user's."""
+    if not isinstance(messages, list):
+        raise DataError(f'{place}: "messages" must be a list, got {messages!r}.')
+    try:
+        chat = check_messages(messages)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    if chat[-1]["role"] != "user":
+        raise DataError(f"{place}: the last message must be the user's.")
+    return chat
+
+
+def _with_system(
+    place: str, messages: Sequence[Message], row: Mapping[str, Any], system: str | None
+) -> list[Message]:
+    """Return the messages behind the row's own system text, or behind `system`."""
+    own = row.get("system")
+    if not (own is None or isinstance(own, str)):
+        raise DataError(f'{place}: "system" must be some text, got {own!r}.')
+    there = bool(messages) and messages[0]["role"] == "system"
+    if own and own.strip() and there:
+        raise DataError(f'{place}: has "system" and a system message. Keep one.')
+    text = own if own and own.strip() else None if there else system
+    return [*([{"role": "system", "content": text}] if text else []), *messages]  # type: ignore[list-item]
+
+
+def _listed(row: Any, number: int) -> dict[str, Any]:
+    """Return a row of a list as an object."""
+    if isinstance(row, str):
+        return {"prompt": row}
+    if isinstance(row, Mapping):
+        return dict(row)
+    if isinstance(row, (list, tuple)):
+        return {"messages": list(row)}
+    raise DataError(f"row {number}: must be a text, a chat or an object, got {row!r}.")
 
 
 def _safe(place: str, row: Mapping[str, Any], of_set: bool | None) -> bool | None:
@@ -240,7 +304,7 @@ def _safe(place: str, row: Mapping[str, Any], of_set: bool | None) -> bool | Non
     if str(value).lower() in known:
         return known[str(value).lower()]
     if "safe" in row:
-        raise DataError(f'{place}: `safe` must be true or false, got "{value}".')
+        raise DataError(f"{place}: `safe` must be true or false, got {shown(value)}.")
     return of_set
 
 
@@ -262,6 +326,8 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]
 def _read_hub(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of hf:NAME[:SPLIT], `test` if it exists, else the first split."""
     name, _, split = source.removeprefix("hf:").partition(":")
+    if not name.strip():
+        raise DataError(f'"{source}" names no data set. Give hf:NAME or hf:NAME:SPLIT.')
     loaded = load_dataset(name)
     if isinstance(loaded, Mapping):
         wanted = split or ("test" if "test" in loaded else next(iter(loaded)))
@@ -294,7 +360,8 @@ def _string(place: str, row: Mapping[str, Any], name: str, *, empty: bool = Fals
     return value
 
 
-def _some(items: list, source: str | Path) -> list:
+def _some(items: list, source: Source) -> list:
     if not items:
-        raise DataError(f"{source}: there is no row in it.")
+        name = source if isinstance(source, (str, Path)) else "The list"
+        raise DataError(f"{name}: there is no row in it.")
     return items

@@ -2,7 +2,9 @@
 
 Answers are cached on disk, one JSON line each, keyed by a hash of the model, the options and the
 messages (so of rubric and text): a run that was killed asks only for what is missing. Requests run
-in threads; 429, 5xx, timeouts and broken connections are tried again with exponential backoff.
+in threads; 429, 5xx, timeouts and broken connections are tried again with exponential backoff. No
+redirect is followed, since the key would go with it, and no key that the address or the environment
+holds is written down, not even where a server repeats it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,6 +29,9 @@ from trueline.types import Message
 
 LONGEST_WAIT = 60.0
 """Seconds between two tries at most, whatever the server asks for."""
+HIDDEN = "***"
+SHORTEST_SECRET = 4
+"""Shorter values of an address are not looked for in answers: they would be words of the text."""
 
 
 @dataclass
@@ -51,6 +57,11 @@ class _TryAgainError(Exception):
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any) -> None:
+        """Follow none: a redirect is then an HTTPError."""
 
 
 @dataclass
@@ -89,8 +100,15 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ConfigError(
-                f'`base_url` must start with http:// or https://, got "{self.base_url}".'
+                f"`base_url` must start with http:// or https://, got {redacted(self.base_url)!r}."
             )
+        try:
+            parts = urllib.parse.urlsplit(self.base_url)
+            usable = bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or not self.base_url.isprintable() or " " in self.base_url:
+            raise ConfigError(f"`base_url` is no address: {redacted(self.base_url)!r}.")
         check_number("concurrency", self.concurrency, low=1, whole=True)
         check_number("retries", self.retries, low=0, whole=True)
         check_number("backoff", self.backoff, low=0)
@@ -98,6 +116,10 @@ class Endpoint:
         for name in ("prompt_price", "completion_price"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=0)
+        self.shown = redacted(self.base_url)
+        """The address without its secrets, for messages and files."""
+        self._secrets = secrets_of(self.base_url, os.environ.get(self.key_variable))
+        self._opener = urllib.request.build_opener(_NoRedirect())
         self._lock = threading.Lock()
         self._rows = read_cache(Path(self.cache)) if self.cache is not None else {}
 
@@ -152,12 +174,12 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             try:
                 reply = self._post(body)
-                text = _content(reply)
+                text = hide(_content(reply), self._secrets)
                 break
             except _TryAgainError as error:
                 if attempt == self.retries:
                     raise ModelError(
-                        f"The judge at {self.base_url} failed {attempt + 1} times: {error}. "
+                        f"The judge at {self.shown} failed {attempt + 1} times: {error}. "
                         "Run again later; with a cache only what is missing is asked."
                     ) from None
                 with self._lock:
@@ -169,23 +191,30 @@ class Endpoint:
         headers = {"Content-Type": "application/json", "User-Agent": "trueline"}
         if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
-        url = self.base_url.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        parts = urllib.parse.urlsplit(self.base_url)
+        url = parts._replace(path=parts.path.rstrip("/") + "/chat/completions").geturl()
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            with self._opener.open(request, timeout=self.timeout) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
             with error:
-                detail = " ".join(error.read().decode("utf-8", "replace").split())[:300]
-                reason = f"{error.code} {error.reason}: {detail}"
-                if error.code in (408, 409, 429) or error.code >= 500:
-                    raise _TryAgainError(
-                        reason, _seconds(error.headers.get("Retry-After"))
-                    ) from None
-            hint = f" Set {self.key_variable}." if error.code in (401, 403) else ""
-            raise ModelError(f"The judge at {self.base_url} answered {reason}.{hint}") from None
+                raise self._refusal(error) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _TryAgainError(f"{type(error).__name__}: {error}") from None
+            reason = hide(f"{type(error).__name__}: {error}", self._secrets)
+            raise _TryAgainError(reason) from None
+
+    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+        """Return what a status other than 200 means: to be tried again, or not."""
+        detail = " ".join(error.read().decode("utf-8", "replace").split())[:300]
+        reason = hide(f"{error.code} {error.reason}: {detail}", self._secrets)
+        if error.code in (408, 409, 429) or error.code >= 500:
+            return _TryAgainError(reason, _seconds(error.headers.get("Retry-After")))
+        hint = f" Set {self.key_variable}." if error.code in (401, 403) else ""
+        if error.code in (301, 302, 303, 307, 308):
+            place = redacted(str(error.headers.get("Location") or "nowhere"))
+            hint = f" It points to {place}; no redirect is followed. Give the address itself."
+        return ModelError(f"The judge at {self.shown} answered {reason}.{hint}")
 
     def _keep(self, key: str, text: str, usage: Any) -> None:
         counts = usage if isinstance(usage, Mapping) else {}
@@ -203,6 +232,39 @@ class Endpoint:
             if self.cache is not None:
                 with open(self.cache, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
+
+
+def redacted(url: str) -> str:
+    """Return an address without the secrets in it: user, password, and values of its query."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return HIDDEN
+    host = parts.netloc.rpartition("@")
+    names = [pair.partition("=") for pair in parts.query.split("&") if pair]
+    query = "&".join(f"{name}={HIDDEN}" if sign else HIDDEN for name, sign, _ in names)
+    netloc = f"{HIDDEN}@{host[2]}" if host[1] else parts.netloc
+    return parts._replace(netloc=netloc, query=query, fragment="").geturl()
+
+
+def secrets_of(url: str, key: str | None = None) -> tuple[str, ...]:
+    """Return what must not be written down: the key, and what `redacted` hides; longest first."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return ()
+    user = parts.netloc.rpartition("@")[0]
+    values = [pair.rpartition("=")[2] for pair in parts.query.split("&")]
+    found = {key or "", user, user.partition(":")[2], *values}
+    found |= {urllib.parse.unquote_plus(value) for value in found}
+    return tuple(sorted((v for v in found if len(v) >= SHORTEST_SECRET), key=len, reverse=True))
+
+
+def hide(text: str, secrets: Sequence[str]) -> str:
+    """Return the text with every secret in it hidden."""
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    return text
 
 
 def read_cache(path: Path) -> dict[str, dict[str, Any]]:

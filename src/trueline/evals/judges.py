@@ -12,20 +12,21 @@ as judge has tastes of its own (position, length, itself): Zheng et al., NeurIPS
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trueline.errors import DataError
-from trueline.evals.datasets import read_rows
+from trueline.evals.datasets import Source, read_rows
 from trueline.evals.endpoint import Endpoint
+from trueline.evals.likelihood import label_logprobs
 from trueline.evals.refusal import LABELS, Label, Verdict, classify
 from trueline.evals.rubrics import ADHERENCE, CRITERION, PAIRWISE, REFUSAL, Rubric, read_answer
 from trueline.evals.statistics import Estimate, cohen_kappa, confusion, rate
+from trueline.records.lines import shown
 from trueline.types import Message
 
 if TYPE_CHECKING:
@@ -80,6 +81,48 @@ class KeywordJudge:
         """Return a verdict for each response."""
         _check_equal(prompts, responses)
         return [classify(response) for response in responses]
+
+
+@dataclass
+class FunctionJudge:
+    """A function of prompt and response.
+
+    For refusals it returns whether the response refused, or one of `LABELS`; for adherence how well
+    the response follows, in [0, 1]; None where it cannot say.
+
+    >>> FunctionJudge(lambda prompt, response: "sorry" in response.lower())
+    """
+
+    function: Callable[[str, str], Any]
+
+    def refusal(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        """Return a verdict for each response."""
+        said = self._ask(prompts, responses)
+        known: dict[Any, Label] = {True: "full", False: "complied", None: "unknown"}
+        known |= {label: label for label in LABELS}
+        for value in said:
+            if isinstance(value, (list, dict)) or value not in known:
+                raise DataError(
+                    f"The judge must return true, false, None or one of {', '.join(LABELS)}, "
+                    f"got {value!r}."
+                )
+        return [Verdict(known[value], "function") for value in said]
+
+    def adherence(
+        self, principle: str, prompts: Sequence[str], responses: Sequence[str]
+    ) -> NDArray[np.float64]:
+        """Return how well each response follows, in [0, 1]; nan where the function cannot say."""
+        grades = []
+        for value in self._ask(prompts, responses):
+            if not (value is None or (isinstance(value, (int, float)) and 0 <= value <= 1)):
+                raise DataError(f"The judge must return a number in [0, 1] or None, got {value!r}.")
+            grades.append(np.nan if value is None else float(value))
+        return np.array(grades)
+
+    def _ask(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Any]:
+        _check_equal(prompts, responses)
+        found = (self.function(p, r) for p, r in zip(prompts, responses, strict=True))
+        return [value.item() if isinstance(value, np.generic) else value for value in found]
 
 
 @dataclass
@@ -151,8 +194,6 @@ class LocalJudge:
         Raises:
             DataError: A rubric with its text does not fit the model.
         """
-        from trueline.evals.likelihood import label_logprobs
-
         chats: list[list[Message]] = [rubric.chat(**f) for f in fields]
         found = label_logprobs(self.model, chats, rubric.labels, batch_size=self.batch_size)
         return np.exp(found)
@@ -231,7 +272,7 @@ class LabelledText:
     prompt: str = ""
 
 
-def read_labels(path: str | Path) -> list[LabelledText]:
+def read_labels(path: Source) -> list[LabelledText]:
     """Return the rows of a file of human labels, JSONL or CSV.
 
     A row has the text as `completion`, `response`, `text`, `output` or `answer`, and the label as
@@ -254,12 +295,12 @@ def read_labels(path: str | Path) -> list[LabelledText]:
         label = HUMAN_LABELS.get(re.sub(r"[^a-z]", "", str(row[label_column]).lower()))
         if label is None:
             raise DataError(
-                f'{place}: unknown label "{row[label_column]}". Give complied, partial or full '
-                "(1_full_compliance, 3_partial_refusal, 2_full_refusal)."
+                f"{place}: unknown label {shown(row[label_column])}. Give complied, partial or "
+                "full (1_full_compliance, 3_partial_refusal, 2_full_refusal)."
             )
         rows.append(LabelledText(row[text_column], label, str(row.get("prompt") or "")))
     if not rows:
-        raise DataError(f"{path}: there is no row in it.")
+        raise DataError(f"{path or 'The list'}: there is no row in it.")
     return rows
 
 

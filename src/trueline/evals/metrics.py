@@ -1,4 +1,4 @@
-"""Measures: the responses of a run, what they count as, and the numbers of a point.
+"""Metrics: the responses of a run, what they count as, and the numbers of a point.
 
     refusal     over_refusal (safe prompts), harmful_refusal (unsafe prompts)
     adherence   adherence to the prompt's principle; fact, where the prompt brings a pattern of it
@@ -10,7 +10,6 @@ Beside each: length, repetition, and perplexity under the plain base model.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,12 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from trueline.errors import DataError
 from trueline.evals.items import Item
+from trueline.evals.patterns import matches
+from trueline.evals.points import Point
+from trueline.evals.preference import first_letter
+from trueline.evals.quality import negative_logprobs, text_quality
 from trueline.evals.statistics import Estimate, mean, rate
-from trueline.evals.sweep import Point
+from trueline.models.prompts import encode
 from trueline.types import Request, check_messages
 
 if TYPE_CHECKING:
-    from trueline.engine.decoding import Decoder
+    from trueline.engine.decoding import Decoder, Step
     from trueline.records.lines import Rows
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -44,11 +47,9 @@ def fitting(
     Raises:
         DataError: None does, with the reason of the last one; without `skip`, one does not.
     """
-    from trueline.models.prompts import encode
-
     kept, reason = [], ""
     for item in items:
-        chat, branches = check_messages(item.prompt), []
+        chat, branches = check_messages(item.chat), []
         for point in points:
             for branch in point.make(item.principle).prompts(chat):
                 if branch not in branches:
@@ -81,24 +82,24 @@ def respond(
     """Return the row of every prompt's response under a point, decoding those that are missing.
 
     What a batch gives depends on that batch alone, so that a resumed run gives the same rows.
+    `on_done(1)` is called for every prompt that is finished.
     """
-    from trueline.evals.quality import negative_logprobs
 
     def work(batch: Sequence[Item], first: int) -> list[dict[str, Any]]:
         requests = [
-            Request(item.prompt, point.make(item.principle), point.sampling, seed + first + i)
+            Request(item.chat, point.make(item.principle), point.sampling, seed + first + i)
             for i, item in enumerate(batch)
         ]
-        completions = _decode(decoder, batch, requests)
+        completions = _decode(decoder, batch, requests, on_done)
         surprises = negative_logprobs(
-            decoder.model, [i.prompt for i in batch], [c.token_ids for c in completions]
+            decoder.model, [i.chat for i in batch], [c.token_ids for c in completions]
         )
         return [
             {
                 "point": point.label,
                 "id": item.id,
                 "group": item.group,
-                "prompt": item.prompt,
+                **item.said,
                 **({"principle": item.principle} if item.principle else {}),
                 "text": c.text,
                 "token_ids": c.token_ids,
@@ -108,10 +109,15 @@ def respond(
             for item, c, s in zip(batch, completions, surprises, strict=True)
         ]
 
-    return rows.compute(key, items, batch_size, work, on_done)
+    return rows.compute(key, items, batch_size, work)
 
 
-def _decode(decoder: Decoder, items: Sequence[Item], requests: Sequence[Request]) -> list[Any]:
+def _decode(
+    decoder: Decoder,
+    items: Sequence[Item],
+    requests: Sequence[Request],
+    on_done: Callable[[int], object],
+) -> list[Any]:
     prompts = []
     for item, request in zip(items, requests, strict=True):
         try:
@@ -124,7 +130,12 @@ def _decode(decoder: Decoder, items: Sequence[Item], requests: Sequence[Request]
         for p in prompts
     ]
     decoder.store.entries = {}
-    return decoder.collect(common)
+
+    def count(step: Step) -> None:
+        if step.finish_reason is not None:
+            on_done(1)
+
+    return decoder.collect(common, on_step=count)
 
 
 def judge_responses(
@@ -147,8 +158,6 @@ def judge_responses(
             for i, v in zip(items, verdicts, strict=True)
         ]
     if metric == "personal":
-        from trueline.evals.preference import first_letter
-
         return [
             {"accuracy": float(first_letter(text) == item.answer)}
             for item, text in zip(items, texts, strict=True)
@@ -158,7 +167,7 @@ def judge_responses(
     for item, text, value in zip(items, texts, values, strict=True):
         row: dict[str, Any] = {"adherence": None if math.isnan(value) else value}
         if item.fact is not None:
-            row["fact"] = float(bool(re.search(item.fact, text, re.IGNORECASE)))
+            row["fact"] = float(matches(item.fact, text, ignore_case=True))
         rows.append(row)
     return rows
 
@@ -166,9 +175,7 @@ def judge_responses(
 def _grades(items: Sequence[Item], texts: Sequence[str], judge: Any) -> list[float]:
     """Return how well each text follows its item's principle: by pattern, or by the judge."""
     if judge is None:
-        return [
-            float(bool(re.search(str(i.pattern), t))) for i, t in zip(items, texts, strict=True)
-        ]
+        return [float(matches(str(i.pattern), t)) for i, t in zip(items, texts, strict=True)]
     grades = [math.nan] * len(items)
     for principle in dict.fromkeys(item.principle for item in items):
         own = [i for i, item in enumerate(items) if item.principle == principle]
@@ -184,8 +191,6 @@ def summarise(
     verdicts: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the numbers of a point: an estimate and the outcomes of each measure, and quality."""
-    from trueline.evals.quality import text_quality
-
     measures: dict[str, Any] = {}
     for name in METRICS[metric]:
         values = [row[name] for row in verdicts if name in row]

@@ -19,8 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trueline.engine.decoding import generate
 from trueline.errors import ConfigError, DataError
 from trueline.evals.datasets import PersonalQuestion, PreferencePair
+from trueline.evals.likelihood import (
+    branch_rows,
+    check_fits,
+    label_logprobs,
+    response_ids,
+    response_logprobs,
+)
 from trueline.evals.statistics import Estimate, bootstrap_interval, mean, rate
 from trueline.methods import Blend
 from trueline.types import Message, Method, Request, SamplingParams
@@ -41,6 +49,14 @@ def personal_prompt(question: PersonalQuestion) -> str:
         f"{question.question.strip()}\n\n{listed}\n\n"
         "Which of these answers suits me best? Answer with its letter."
     )
+
+
+def personal_chat(question: PersonalQuestion) -> list[Message]:
+    """Return the question as a chat, behind its system text if it has one."""
+    chat: list[Message] = [{"role": "user", "content": personal_prompt(question)}]
+    if question.system:
+        chat.insert(0, {"role": "system", "content": question.system})
+    return chat
 
 
 def personal_principle(user: str) -> str:
@@ -77,9 +93,6 @@ def personal_choices(
 
     The right choice is the user's own number: see `personal_accuracy`.
     """
-    from trueline.engine.decoding import generate
-    from trueline.evals.likelihood import label_logprobs
-
     if by not in ("letter", "logprob"):
         raise ConfigError(f'`by` must be "letter" or "logprob", got "{by}".')
     users = {len(q.users) for q in questions}
@@ -87,18 +100,17 @@ def personal_choices(
         raise DataError(f"Questions must have equally many users, got {sorted(users)}.")
     count = users.pop()
     cells = [
-        (personal_prompt(q), method_for(personal_principle(user)))
+        (personal_chat(q), method_for(personal_principle(user)))
         for q in questions
         for user in q.users
     ]
     if by == "letter":
-        requests = [Request(prompt, method) for prompt, method in cells]
+        requests = [Request(chat, method) for chat, method in cells]
         completions = generate(model, requests, sampling=sampling, batch_size=batch_size)
         picks = [first_letter(c.text, count) for c in completions]
     else:
         picks = []
-        for prompt, method in cells:
-            chat: list[Message] = [{"role": "user", "content": prompt}]
+        for chat, method in cells:
             row = label_logprobs(
                 model, [chat], LETTERS[:count], method=method, batch_size=batch_size
             )[0]
@@ -110,20 +122,6 @@ def personal_accuracy(choices: ArrayLike) -> Estimate:
     """Return the share of cells (question, user) in which the user's own answer was picked."""
     picked = np.asarray(choices)
     return rate(picked == np.arange(picked.shape[1])[None, :])
-
-
-def pattern_adherence(
-    responses: Sequence[str], pattern: str, *, absent: bool = False
-) -> NDArray[np.bool_]:
-    """Return whether each response matches a regular expression (or, `absent`, does not).
-
-    Case does not count. Raises `ConfigError` for a pattern that is none.
-    """
-    try:
-        compiled = re.compile(pattern, re.IGNORECASE)
-    except re.error as error:
-        raise ConfigError(f'"{pattern}" is no regular expression: {error}.') from None
-    return np.array([(compiled.search(text) is None) == absent for text in responses], dtype=bool)
 
 
 def branch_weights(method: Method, branches: int) -> NDArray[np.float64]:
@@ -170,13 +168,6 @@ def implicit_rewards(
         skip_long: Give nan to both answers of a pair that does not fit the model's positions,
             instead of a `DataError`.
     """
-    from trueline.evals.likelihood import (
-        branch_rows,
-        check_fits,
-        response_ids,
-        response_logprobs,
-    )
-
     rewards = np.full((len(pairs), 2), np.nan)
     prompts: list[list[int]] = []
     rows: list[Sequence[int]] = []

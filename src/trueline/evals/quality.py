@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trueline.errors import DataError
+from trueline.evals.likelihood import response_logprobs
 from trueline.evals.statistics import Estimate, mean
+from trueline.models.prompts import encode
 from trueline.types import Message, check_messages
 
 if TYPE_CHECKING:
@@ -58,9 +60,6 @@ def negative_logprobs(
     `completions` are token ids, as in `Completion.token_ids`. The adapter is off if there is one.
     Empty completions give empty arrays.
     """
-    from trueline.evals.likelihood import response_logprobs
-    from trueline.models.prompts import encode
-
     if len(prompts) != len(completions):
         raise DataError(f"Got {len(completions)} completions for {len(prompts)} prompts.")
     used = [i for i, ids in enumerate(completions) if len(ids)]

@@ -1,150 +1,22 @@
-"""Sweep: the points of a grid, and which of them to recommend.
+"""Choice: which point of a sweep to recommend.
 
-parse_values   "0:3:0.5" or "1,2,3" -> numbers
-grid_points    a method, its fixed options and a grid -> points, the last name fastest
-choose         the best point that keeps its bounds, chosen on one half of the prompts and
-               reported on the other: `GOALS` says for each metric what is best and what is kept
-recommend      the same for refusals, with names
+The best point that keeps its bounds, chosen on one half of the prompts and reported on the other:
+`GOALS` says for each metric what is best and what is kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from dataclasses import dataclass
 from typing import Any
 
-from trueline.errors import ConfigError, check_number, suggestion
+from trueline.errors import check_number
 from trueline.evals.statistics import Estimate, mcnemar, mean, perplexity, rate
-from trueline.methods import METHODS, make_method
-from trueline.types import Method, SamplingParams
 
 Flags = Sequence[bool | float | None]
 """One value a prompt: true or 1, false or 0, None where the judge could not say."""
-MOST = 1000
-"""Values of a range at most."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One setting of a sweep."""
-
-    label: str
-    method: str
-    fields: Mapping[str, Any]
-    sampling: SamplingParams
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the sweep varies, and its values here."""
-    baseline: bool = False
-    """Whether it is there for comparison and is never recommended."""
-
-    def make(self, principle: str | None = None) -> Method:
-        """Return the method, with this principle in place of its own; a baseline takes none."""
-        fields, takes = dict(self.fields), METHODS[self.method].__dataclass_fields__
-        if principle is not None and not self.baseline and "principle" in takes:
-            fields["principle"] = principle
-        return make_method(self.method, fields)
-
-    def describe(self) -> dict[str, Any]:
-        """Return what decides its responses, beside model and prompts."""
-        sampling = dataclasses.asdict(self.sampling)
-        sampling["stop"] = list(self.sampling.stop)
-        return {"method": self.method, "fields": dict(self.fields), "sampling": sampling}
-
-
-def parse_values(text: str, *, whole: bool = False) -> tuple[float | int, ...]:
-    """Return the numbers of START:STOP:STEP (both ends included), a,b,c, or a single number.
-
-    Raises `ConfigError` for anything else.
-    """
-    form = f"Give a number, START:STOP:STEP or a,b,c, got {text!r}."
-    parts = text.split(":")
-    try:
-        if len(parts) == 1:
-            numbers = [Decimal(part.strip()) for part in text.split(",")]
-        elif len(parts) == 3:
-            start, stop, step = map(Decimal, parts)
-            if not step > 0 or stop < start or (stop - start) / step >= MOST:
-                raise ConfigError(
-                    f"A range needs START <= STOP, STEP above 0 and at most {MOST} values, "
-                    f"got {text!r}."
-                )
-            numbers = [start + i * step for i in range(int((stop - start) / step) + 1)]
-        else:
-            raise ConfigError(form)
-    except InvalidOperation:
-        raise ConfigError(form) from None
-    if whole and any(n != n.to_integral_value() for n in numbers):
-        raise ConfigError(f"Give whole numbers, got {text!r}.")
-    return tuple(dict.fromkeys(int(n) if whole else float(n) for n in numbers))
-
-
-def parse_grid(words: Sequence[str], method: str) -> dict[str, tuple[float | int, ...]]:
-    """Return name -> values for words like "ratio=0,1,2"; names are the method's or of sampling."""
-    kinds = {f.name: str(f.type).split(" |")[0] for f in dataclasses.fields(SamplingParams)}
-    if method in METHODS:
-        own = dataclasses.fields(METHODS[method])
-        kinds |= {f.name: str(f.type).split(" |")[0] for f in own}
-    known = [name for name, kind in kinds.items() if kind in ("int", "float") and name != "n"]
-    grid: dict[str, tuple[float | int, ...]] = {}
-    for word in words:
-        name, sign, values = word.partition("=")
-        name = name.strip().lstrip("-").replace("-", "_")
-        if not sign:
-            raise ConfigError(f'`--grid` takes NAME=VALUES, e.g. ratio=0,1,2, got "{word}".')
-        if name not in known:
-            raise ConfigError(f'Method "{method}" has no number `{name}`.{suggestion(name, known)}')
-        if name in grid:
-            raise ConfigError(f"`--grid` names `{name}` twice. Give all its values at once.")
-        grid[name] = parse_values(values, whole=kinds[name] == "int")
-    return grid
-
-
-def grid_points(
-    method: str,
-    fixed: Mapping[str, Any],
-    grid: Mapping[str, Sequence[Any]],
-    sampling: SamplingParams,
-    *,
-    principle: str | None = None,
-) -> list[Point]:
-    """Return a point for every combination; all are checked before any compute.
-
-    Args:
-        method: Its name.
-        fixed: Options that all points share.
-        grid: Name -> values, of the method or of the sampling.
-        sampling: What all points share.
-        principle: Stands in for one that every prompt will bring.
-    """
-    if method not in METHODS:
-        raise ConfigError(f'Unknown method "{method}".{suggestion(method, METHODS)}')
-    own = METHODS[method].__dataclass_fields__
-    if {"epsilon", "ratio"} <= {*fixed, *grid}:
-        raise ConfigError("Give `--ratio` or `--epsilon`, not both.")
-    points = []
-    for values in itertools.product(*grid.values()):
-        settings = dict(zip(grid, values, strict=True))
-        rest = {k: v for k, v in settings.items() if k not in own and hasattr(sampling, k)}
-        fields = {**fixed, **{k: v for k, v in settings.items() if k not in rest}}
-        label = ", ".join(f"{k}={v:g}" for k, v in settings.items()) or method
-        point = Point(label, method, fields, dataclasses.replace(sampling, **rest), settings)
-        point.make(principle)
-        points.append(point)
-    return points
-
-
-def default_label(points: Sequence[Point]) -> str | None:
-    """Return the label of the point that has the method's own defaults, if there is one."""
-    for point in points:
-        fields = METHODS[point.method].__dataclass_fields__
-        standard = {k: fields[k].default for k in point.settings if k in fields}
-        if not point.baseline and standard and standard == dict(point.settings):
-            return point.label
-    return None
 
 
 def in_first_half(prompt: str, seed: int = 0) -> bool:
@@ -171,6 +43,11 @@ class Goal:
     most: bool
     """Whether more of it is better."""
     bounds: tuple[Bound, ...]
+
+    @property
+    def needs(self) -> set[str]:
+        """The measures without which nothing is recommended."""
+        return {self.measure, self.bounds[-1].measure}
 
 
 GOALS = {
