@@ -30,7 +30,7 @@ if not __package__:
 from benchmarks._models import SHAPES, machine, random_model
 from benchmarks._report import table
 from trueline.methods.o_lora import norm, overlap
-from trueline.train.adapters.export import export
+from trueline.train.adapters.export import write_lora, write_merged
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
 from trueline.train.keep.drift import Drift
 from trueline.train.keep.ella import Alignment
@@ -197,8 +197,8 @@ def clock(args: argparse.Namespace) -> float:
 def inference(args: argparse.Namespace, stack: AdapterStack, folder: Path) -> list[dict[str, Any]]:
     """Time a forward pass of 16 tokens: base, one LoRA of that rank, and both exported forms."""
     base = random_model(args.model, torch.float32)
-    one = export(stack, folder / "one")
-    export(stack, folder / "merged", "merged", model=base)
+    one = write_lora(stack, folder / "one")
+    write_merged(stack, folder / "merged", random_model(args.model, torch.float32))
     rank = int(one.rank or 0)
     fresh = get_peft_model(
         random_model(args.model, torch.float32),
@@ -275,7 +275,7 @@ def equality(shape: str, folders: list[Path], to: Path) -> list[dict[str, Any]]:
             expected = model(ids).logits
             size = float(expected.abs().max())
             stack = AdapterStack.load(folders[:tasks])
-            exported = export(stack, to / str(tasks))
+            exported = write_lora(stack, to / str(tasks))
             base = random_model(shape, torch.float32)
             one = PeftModel.from_pretrained(base, str(exported.folder)).eval()(ids).logits
             merged = stack.merge(random_model(shape, torch.float32))(ids).logits

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from trueline.errors import ConfigError, ModelError
 from trueline.models.adapter import add_lora
-from trueline.train.adapters.export import export
+from trueline.train.adapters.export import write_lora, write_merged
 from trueline.train.adapters.saved import read_lora
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
 
@@ -114,13 +114,10 @@ def test_merge_attach_and_both_exports_are_the_stack(kind, tmp_path):
     fresh = stack.attach(make(kind), LoraConfig(r=2, target_modules=TARGETS[kind]))
     assert_same(logits(fresh), expected)
 
-    one = export(stack, tmp_path / "one")
+    one = write_lora(stack, tmp_path / "one")
     assert (one.rank, one.vllm_max_lora_rank) == (8, 8)
     assert_same(logits(PeftModel.from_pretrained(make(kind), one.folder)), expected)
-    base = make(kind)
-    before = logits(base)
-    merged = export(stack, tmp_path / "merged", "merged", model=base)
-    assert torch.equal(logits(base), before)  # a model given is copied
+    merged = write_merged(stack, tmp_path / "merged", make(kind))
     loader = LOADERS.get(kind, AutoModelForCausalLM)
     assert_same(logits(loader.from_pretrained(merged.folder)), expected)
 
@@ -128,7 +125,7 @@ def test_merge_attach_and_both_exports_are_the_stack(kind, tmp_path):
 @pytest.mark.parametrize(("tasks", "vllm"), [(1, 8), (2, 8), (8, 32), (16, 64)])
 def test_one_lora_of_t_tasks(tasks, vllm, tmp_path):
     folders = [trained("llama", tmp_path / str(t), t) for t in range(tasks)]
-    one = export(AdapterStack.load(folders), tmp_path / "one")
+    one = write_lora(AdapterStack.load(folders), tmp_path / "one")
     config = json.loads((one.folder / "adapter_config.json").read_text())
     # T x r and T x alpha: the scaling stays 2
     assert (config["r"], config["lora_alpha"]) == (4 * tasks, 8 * tasks)
@@ -161,7 +158,7 @@ def test_tasks_that_differ(chosen, tmp_path):
     expected = logits(summed("llama", folders))
     stack = AdapterStack.load(folders)
     assert_same(logits(stack.merge(make("llama"))), expected)
-    one = export(stack, tmp_path / "one")
+    one = write_lora(stack, tmp_path / "one")
     loaded = PeftModel.from_pretrained(make("llama"), one.folder)
     assert_same(logits(loaded), expected)
     # one rank and one scaling for all modules: loaders without patterns are right too
@@ -198,7 +195,7 @@ def test_a_head_saved_whole_is_the_last_ones(tmp_path):
     own = fresh.base_model.model.classifier.modules_to_save["default"]
     assert torch.equal(own.weight, head)
     assert own.weight.requires_grad
-    one = export(stack, tmp_path / "one")
+    one = write_lora(stack, tmp_path / "one")
     assert one.vllm_max_lora_rank is None
     assert "vLLM cannot load it" in str(one)
     loaded = PeftModel.from_pretrained(make("bert"), one.folder)
@@ -321,28 +318,9 @@ def test_a_tied_weight_is_refused(tmp_path):
 
 def test_export_refuses_before_it_writes(tmp_path):
     stack = AdapterStack.load([trained("llama", tmp_path / "0", 0)])
-    with pytest.raises(ConfigError, match='must be "lora" or "merged", got "onnx"'):
-        export(stack, tmp_path / "new", "onnx")
-    with pytest.raises(ConfigError, match="no adapters"):
-        export(AdapterStack(), tmp_path / "new")
-    with pytest.raises(ConfigError, match="not an empty folder"):
-        export(stack, tmp_path / "0")
-    with pytest.raises(ConfigError, match="do not name their base model"):
-        export(stack, tmp_path / "new", "merged")
-    with pytest.raises(ModelError, match="No model folder at"):
-        export(stack, tmp_path / "new", "merged", model=tmp_path / "nothing")
+    for write in (write_lora, lambda *given: write_merged(*given, make("llama"))):
+        with pytest.raises(ConfigError, match="no adapters"):
+            write(AdapterStack(), tmp_path / "new")
+        with pytest.raises(ConfigError, match="not an empty folder"):
+            write(stack, tmp_path / "0")
     assert not (tmp_path / "new").exists()
-
-
-def test_merged_export_from_the_folder_that_the_adapter_names(tmp_path):
-    base = make("gpt2")
-    base.save_pretrained(tmp_path / "base")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    config = LoraConfig(r=2, target_modules=["c_attn"])
-    model = AdapterStack().attach(loaded, config)
-    for layer in adapter_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B["default"].weight)
-    expected = logits(model)
-    stack = AdapterStack.load([save_adapter(model, tmp_path / "task")])
-    merged = export(stack, tmp_path / "merged", "merged")
-    assert_same(logits(AutoModelForCausalLM.from_pretrained(merged.folder)), expected)

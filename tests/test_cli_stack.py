@@ -195,7 +195,7 @@ def test_tasks_have_their_own_rank_rate_and_strengths(streamed):
 def test_the_card_says_what_was_trained_how_and_what_came_out(streamed, models, capsys):
     text = (streamed / "README.md").read_text()
     front, body = text.removeprefix("---\n").split("\n---\n", 1)
-    assert 'library_name: "peft"' in front
+    assert "library_name: peft" in front
     assert "base_model" not in front  # a folder of this machine has no name on the hub
     found = json.loads((streamed / "R.json").read_text())
     kept = json.loads((streamed / "manifest.json").read_text())["settings"]
@@ -413,7 +413,7 @@ def test_a_new_head_is_the_same_in_every_adapter_and_is_not_trained(two, models,
 
 
 def test_the_bundled_model_is_named_and_not_its_folder(two, tmp_path):
-    from trueline.cli.stack_cards import is_bundled, usage
+    from trueline.jobs.stack_cards import is_bundled, usage
 
     code = usage("causal", "tiny", "one", labels=[])
     assert 'files("trueline") / "assets/tiny"' in code

@@ -132,7 +132,7 @@ def test_the_means_at_the_end_are_those_of_the_log(trained):
 def test_the_card_holds_the_recipe(trained):
     text = (trained / "README.md").read_text()
     front, body = text.removeprefix("---\n").split("\n---\n", 1)
-    assert 'library_name: "peft"' in front
+    assert "library_name: peft" in front
     assert "base_model" not in front  # the bundled model has no name on the hub
     for part in (PIRATE, "tiny, hash", "curves.png", "--max-lora-rank 16", "| seed | 0 |"):
         assert part in body

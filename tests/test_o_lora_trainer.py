@@ -19,7 +19,7 @@ from transformers.utils import logging
 from trueline.errors import ConfigError, DataError, ModelError
 from trueline.methods.drift import drift, factor_of
 from trueline.methods.o_lora import norm, overlap
-from trueline.train.adapters.export import export
+from trueline.train.adapters.export import write_lora
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
 from trueline.train.keep import KEEP, Stage, kept, make_keep
 from trueline.train.keep import penalty as penalties
@@ -383,7 +383,7 @@ def test_two_tasks_train_stack_export_and_reload(kind, tmp_path):
     expected = logits(trainer.model)
     stack = AdapterStack.load(folders)
     assert_same(logits(stack.merge(make(kind))), expected)
-    one = export(stack, tmp_path / "one")
+    one = write_lora(stack, tmp_path / "one")
     assert_same(logits(PeftModel.from_pretrained(make(kind), one.folder)), expected)
     # without the new adapter it is the model after the first task
     with trainer.model.disable_adapter():

@@ -38,7 +38,7 @@ if not __package__:
 from recipes.stack.skills import Probe, grammar_of_tiny, own_dialogues, own_skills, skill
 from trueline import LanguageModel, Plain, Request, SamplingParams, generate, load_model
 from trueline.continual.metrics import summary
-from trueline.train.adapters.export import export
+from trueline.train.adapters.export import write_lora
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
 from trueline.train.keep.drift import Drift
 from trueline.train.keep.o_lora import Overlap
@@ -241,7 +241,7 @@ def exported(learner: Learner) -> float | None:
     if not learner.folders:
         return None
     folder = learner.work / "one"
-    export(AdapterStack.load(learner.folders), folder)
+    write_lora(AdapterStack.load(learner.folders), folder)
     one = PeftModel.from_pretrained(start().model, folder).eval()
     stacked = AdapterStack.load(learner.folders).merge(start().model).eval()
     ids = torch.randint(5, 2000, (4, 32), generator=torch.Generator().manual_seed(0))

@@ -36,8 +36,9 @@ def finish(
     rows: int,
 ) -> None:
     """Sum up the log, draw it, and write the card."""
+    from trueline.records.cards import model_card
     from trueline.settings.reader import write_toml
-    from trueline.train.progress import LOG, draw_curves, model_card
+    from trueline.train.progress import LOG, draw_curves
 
     log = [row for _, _, row in folder.lines(LOG).rows()]
     results = summary(log, folder.facts)

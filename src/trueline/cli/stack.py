@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trueline.cli.stack_cards import run_card
+from trueline.cli.folders import command
 from trueline.cli.train import add_setting, read_layers
 from trueline.errors import ConfigError, suggestion
+from trueline.jobs.stack_cards import run_card
 from trueline.records.disk import replace_file
 
 if TYPE_CHECKING:
@@ -143,7 +144,9 @@ def run(args: argparse.Namespace) -> None:
         raise
     # What a finished run says of itself stays as it was.
     if not before.get("finished") or not (folder / "README.md").exists():
-        replace_file(folder / "README.md", run_card(args, stream, job.model, whole, result))
+        replace_file(
+            folder / "README.md", run_card(command(args), stream, job.model, whole, result)
+        )
     show_stream(args, result)
 
 

@@ -91,17 +91,18 @@ def _check_lora_config(folder: Path, config: Mapping[str, Any]) -> None:
     try:
         check_number("r", config.get("r"), low=1, whole=True)
         check_number("lora_alpha", config.get("lora_alpha"))
-        for name in ("rank_pattern", "alpha_pattern"):
-            pattern = config.get(name) or {}
-            if not isinstance(pattern, dict):
-                raise ConfigError(f"`{name}` must be an object, got {pattern!r}.")
-            for value in pattern.values():
-                check_number(name, value, low=1 if name == "rank_pattern" else float("-inf"))
-        targets = config.get("target_modules")
-        if not isinstance(targets, (str, type(None))) and not (
-            isinstance(targets, list) and all(isinstance(t, str) for t in targets)
-        ):
-            raise ConfigError(f"`target_modules` must be text or a list of it, got {targets!r}.")
+        for name in ("rank_pattern", "alpha_pattern", "auto_mapping"):
+            if not isinstance(config.get(name) or {}, dict):
+                raise ConfigError(f"`{name}` must be an object, got {config[name]!r}.")
+        for value in (config.get("rank_pattern") or {}).values():
+            check_number("rank_pattern", value, low=1, whole=True)
+        for value in (config.get("alpha_pattern") or {}).values():
+            check_number("alpha_pattern", value)
+        for name in ("target_modules", "modules_to_save"):
+            names = config.get(name)
+            listed = isinstance(names, list) and all(isinstance(n, str) for n in names)
+            if not (listed or names is None or isinstance(names, str)):
+                raise ConfigError(f"`{name}` must be text or a list of it, got {names!r}.")
     except ConfigError as error:
         raise ModelError(f'Adapter "{folder}": {CONFIG}: {error}') from None
 
@@ -227,6 +228,12 @@ def add_lora(model: Any, config: Any) -> Any:
             f'No adapter for `target_modules` "{shown}": {one_line(error)} Linear modules of this '
             f'model: {", ".join(linear)}; or "all-linear".'
         ) from None
+
+
+def trained_on(config: Mapping[str, Any]) -> str | None:
+    """Return the base model that an adapter names; None where it names none."""
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def steady_config(folder: Path) -> None:

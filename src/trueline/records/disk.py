@@ -1,6 +1,7 @@
 """Files written whole, held by one process, and never through a link.
 
 replace_file   the old content or the new, at every moment
+whole_folder   a folder with all that belongs in it, or none
 open_appended  a regular file to add to
 Held           a lock that ends with the process
 naming, saving errors of the disk that say which path
@@ -53,6 +54,24 @@ def _part(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, moved into its place at the end or removed with all in it.
+
+    `path` may be an empty folder. Raises `OSError` that names it.
+    """
+    with naming(path), saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.mkdir()
+        try:
+            yield part
+            os.replace(part, path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def check_regular(path: Path) -> None:

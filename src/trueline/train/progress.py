@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 import time
@@ -189,56 +188,3 @@ def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], li
     """Return the steps and values of the rows that have a number under this name."""
     pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
     return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def model_card(
-    *,
-    title: str,
-    summary: str,
-    front: Mapping[str, Any],
-    use: str,
-    recipe: Mapping[str, Any],
-    config: str,
-    results: Mapping[str, Any],
-    command: str,
-    notes: Sequence[str] = (),
-    tables: str = "",
-    curves: bool = True,
-) -> str:
-    """Return the README.md of trained weights.
-
-    Args:
-        title: Name of the model.
-        summary: What it is, in a sentence or two.
-        front: Metadata of the hub: base_model, library_name, tags ...
-        use: Python that loads it with no Trueline.
-        recipe: What it was made from and how: base and its hash, data, versions, seed.
-        config: The settings as TOML; empty where the command says all.
-        results: Numbers at the end.
-        command: What was typed.
-        notes: Sentences on use and limits.
-        tables: Markdown that follows the results.
-        curves: Whether curves.png is there.
-    """
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("trueline", "assets"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template("card.md.jinja").render(
-        title=title, summary=summary, use=use, recipe=recipe, config=config, results=results,
-        command=command, notes=notes, tables=tables, curves=curves,
-        front=[f"{name}: {json.dumps(value)}" for name, value in front.items() if value],
-    )  # fmt: skip
-
-
-def _cell(value: Any) -> str:
-    """Return a value for a cell of a Markdown table."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return " ".join(text.split()).replace("|", "\\|")

@@ -1,7 +1,7 @@
-"""Export: the adapters of T tasks as one plain LoRA, or merged into the weights.
+"""The adapters of T tasks as one plain LoRA, or merged into the weights.
 
-    export(AdapterStack.load(folders), "run/one")                     one LoRA of rank T x r
-    export(AdapterStack.load(folders), "run/model", form="merged")    a model's folder
+    write_lora(AdapterStack.load(folders), "run/one")               one LoRA of rank T x r
+    write_merged(AdapterStack.load(folders), "run/model", base)     a model's folder
 
 Both are exact: what PEFT, transformers or vLLM load is the stacked model. One LoRA has the rows of
 every a above one another and the columns of every b side by side, so that b a is the sum of all.
@@ -9,7 +9,6 @@ every a above one another and the columns of every b side by side, so that b a i
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trueline.errors import ConfigError
-from trueline.models.adapter import CONFIG, PREFIX, WEIGHTS
-from trueline.models.checkpoint import HEADS, load_as_saved
-from trueline.models.hub import find_model
+from trueline.models.adapter import CONFIG, PREFIX, WEIGHTS, check_finite
+from trueline.models.checkpoint import HEADS, quiet
+from trueline.records.disk import saving
 from trueline.train.adapters.saved import LowRank
 from trueline.train.adapters.stack import AdapterStack
 
@@ -51,34 +50,52 @@ class Exported:
         return text + f"vLLM: --max-lora-rank {self.vllm_max_lora_rank}"
 
 
-def export(
-    stack: AdapterStack, to: str | Path, form: str = "lora", *, model: Any = None
-) -> Exported:
-    """Write T adapters as one plain LoRA of rank T x r, or merged into the weights.
+def write_lora(stack: AdapterStack, folder: str | Path) -> Exported:
+    """Write T adapters as one plain LoRA of rank T x r in PEFT's format.
 
-    Args:
-        stack: What to export, one adapter at least.
-        to: A new or empty folder.
-        form: "lora" (PEFT's format; module ranks that differ are filled up with zeros, since not
-            every loader knows rank and alpha patterns) or "merged" (a model folder).
-        model: For "merged": the untouched base, a folder or a model. By default the folder that
-            the adapters name. A model is copied, not changed; a folder's tokenizer goes along.
-
-    Raises:
-        ConfigError: `form`, an empty stack, or a folder with files in it.
-        ModelError: The base cannot be loaded or does not fit.
+    Module ranks that differ are filled up with zeros, since not every loader knows rank and alpha
+    patterns. Raises `ConfigError` for an empty stack or a folder with files in it, `ModelError`
+    where the sum is too large for the adapters' dtype.
     """
-    to = Path(to)
-    if form not in ("lora", "merged"):
-        raise ConfigError(f'`form` must be "lora" or "merged", got "{form}".')
+    folder = new_folder(folder)
+    rank, alpha, state = _one_lora(stack)
+    check_finite(folder, state)
+    config = _config(stack, rank, alpha)
+    folder.mkdir(parents=True, exist_ok=True)
+    with saving(folder):
+        save_file(state, folder / WEIGHTS, {"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    fits = [r for r in VLLM_RANKS if r >= rank and not stack.saved]
+    return Exported(folder, "lora", len(stack), rank, fits[0] if fits else None)
+
+
+def write_merged(stack: AdapterStack, folder: str | Path, model: Any) -> Exported:
+    """Write a model with T adapters merged into its weights; the model itself is changed.
+
+    Raises `ConfigError` for an empty stack or a folder with files in it, `ModelError` where the
+    base does not fit.
+    """
+    folder = new_folder(folder)
     if not len(stack):
         raise ConfigError("There are no adapters to export. Give at least one.")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f'"{to}" exists and is not an empty folder. Give a new one.')
-    return _export_lora(stack, to) if form == "lora" else _export_merged(stack, to, model)
+    stack.merge(model)
+    with quiet(), saving(folder):
+        model.save_pretrained(folder)
+    return Exported(folder, "merged", len(stack))
 
 
-def _export_lora(stack: AdapterStack, to: Path) -> Exported:
+def new_folder(folder: str | Path) -> Path:
+    """Return the path of a folder to be written; raises `ConfigError` if anything is in it."""
+    folder = Path(folder)
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ConfigError(f'"{folder}" exists and is not an empty folder. Give a new one.')
+    return folder
+
+
+def _one_lora(stack: AdapterStack) -> tuple[int, int, dict[str, Tensor]]:
+    """Return rank, alpha and tensors of the sum of all adapters as one LoRA."""
+    if not len(stack):
+        raise ConfigError("There are no adapters to export. Give at least one.")
     rank = max(sum(len(p.a) for p in stack.of(name)) for name in stack.modules)
     scalings = {p.scaling for name in stack.modules for p in stack.of(name)}
     common = scalings.pop() if len(scalings) == 1 else 1.0
@@ -95,12 +112,17 @@ def _export_lora(stack: AdapterStack, to: Path) -> Exported:
         state[f"{PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, fill))
         state[f"{PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(b, (0, fill))
     state |= {PREFIX + name: tensor for name, tensor in stack.saved.items()}
+    return rank, round(alpha), {k: v.contiguous() for k, v in state.items()}
+
+
+def _config(stack: AdapterStack, rank: int, alpha: int) -> dict[str, Any]:
+    """Return PEFT's configuration of the one LoRA."""
     last = stack.adapters[-1].config
     kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "peft_version")
     config = {key: last[key] for key in kept if key in last} | {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": round(alpha),
+        "lora_alpha": alpha,
         "target_modules": _targets(stack),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -114,17 +136,12 @@ def _export_lora(stack: AdapterStack, to: Path) -> Exported:
                       ("ForConditionalGeneration", "SEQ_2_SEQ_LM")):  # fmt: skip
         if owner.endswith(end) and not config.get("task_type"):
             config["task_type"] = task
-    to.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in state.items()}, to / WEIGHTS, {"format": "pt"})
-    (to / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    fits = [r for r in VLLM_RANKS if r >= rank and not stack.saved]
-    return Exported(to, "lora", len(stack), rank, fits[0] if fits else None)
+    return config
 
 
 def _scaled(part: LowRank, common: float) -> Tensor:
     """Return b with what its scaling differs from the common one, without losing precision."""
-    factor = part.scaling / common
-    return part.b if factor == 1 else part.b.float() * factor
+    return part.b if part.scaling == common else part.b.float() * (part.scaling / common)
 
 
 def _targets(stack: AdapterStack) -> list[str]:
@@ -132,7 +149,7 @@ def _targets(stack: AdapterStack) -> list[str]:
     limits = ("exclude_modules", "layers_to_transform", "layers_pattern")
     configs = [a.config for a in stack.adapters]
     if any(c.get(limit) for c in configs for limit in limits) or any(
-        not isinstance(c["target_modules"], list) for c in configs
+        not isinstance(c.get("target_modules"), list) for c in configs
     ):
         return sorted(stack.modules)
     return sorted({target for c in configs for target in c["target_modules"]})
@@ -146,22 +163,6 @@ def _saved_modules(stack: AdapterStack) -> list[str] | None:
     return sorted(used) or None
 
 
-def _export_merged(stack: AdapterStack, to: Path, model: Any) -> Exported:
-    tokenizer = None
-    if isinstance(model, (str, Path)) or model is None:
-        source = model or stack.adapters[-1].config.get("base_model_name_or_path")
-        if not source:
-            raise ConfigError("The adapters do not name their base model. Give `model`.")
-        model, tokenizer = load_base(source, outputs=outputs_of(stack))
-    else:
-        model = copy.deepcopy(model)
-    stack.merge(model)
-    model.save_pretrained(to)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(to)
-    return Exported(to, "merged", len(stack))
-
-
 def outputs_of(stack: AdapterStack) -> int | None:
     """Return the outputs of the classifier's head that the adapters saved; None without one."""
     for end in (".out_proj.weight", ".weight"):
@@ -169,13 +170,3 @@ def outputs_of(stack: AdapterStack) -> int | None:
             if name.split(".")[0] in HEADS and name.endswith(end):
                 return len(tensor)
     return None
-
-
-def load_base(folder: str | Path, *, outputs: int | None = None) -> tuple[Any, Any]:
-    """Return the model in a folder as the class it was saved from, and its tokenizer or None.
-
-    `outputs` makes room for a classifier's head of another size than the folder's.
-    """
-    head = None if outputs is None else {"num_labels": outputs}
-    loaded = load_as_saved(find_model(folder), head=head)
-    return loaded.model, loaded.tokenizer

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trueline.cli.folders import command
-
 if TYPE_CHECKING:
     from trueline.continual.files import Stream
     from trueline.continual.stream import StreamResult
-    from trueline.train.adapters.export import Exported
+    from trueline.jobs.exporting import ExportResults
     from trueline.train.adapters.stack import AdapterStack
 
 CLASSES = {
@@ -31,26 +28,24 @@ KINDS = {
 """Ends of the classes' names."""
 
 
-def run_card(
-    args: argparse.Namespace, stream: Stream, model: str, config: str, result: StreamResult
-) -> str:
+def run_card(command: str, stream: Stream, model: str, config: str, result: StreamResult) -> str:
     """Return the README.md of a stream's folder.
 
     Args:
-        args: What was typed.
+        command: What was typed.
         stream: The tasks.
         model: The base as it was given.
         config: The settings as TOML.
         result: The scores.
     """
+    from trueline.records.cards import model_card
     from trueline.records.manifest import read_json
-    from trueline.train.progress import model_card
 
     folder = result.folder
     about, kept = read_json(folder / "R.json"), read_json(folder / "manifest.json")
     kind, settings = about["kind"], kept["settings"]
     title = stream.title or folder.resolve().name
-    words = [w for w in shlex.split(command(args)) if w != "--resume"]
+    words = [w for w in shlex.split(command) if w != "--resume"]
     one_lora = bool(result.adapters)
     use = usage(kind, model, "one" if one_lora else None, labels=about["labels"])
     if one_lora:
@@ -81,8 +76,8 @@ def run_card(
 
 
 def export_card(
-    args: argparse.Namespace,
-    done: Exported,
+    command: str,
+    done: ExportResults,
     stack: AdapterStack,
     model: str | None,
     streams: list[dict[str, Any]],
@@ -90,15 +85,15 @@ def export_card(
     """Return the README.md of one plain LoRA, or of merged weights.
 
     Args:
-        args: What was typed.
+        command: What was typed.
         done: What was written.
         stack: The adapters in it.
         model: The base, as it was given or as the adapters name it.
         streams: The R.json of each stream that the adapters come from, by `folder`.
     """
     from trueline.evals.tables import markdown_table
+    from trueline.records.cards import model_card
     from trueline.records.hashes import versions
-    from trueline.train.progress import model_card
 
     name, merged = done.folder.resolve().name, done.form == "merged"
     kind = kind_of_adapters(stack)
@@ -120,7 +115,9 @@ def export_card(
         if merged
         else f"{of.capitalize()} on {base} as one plain LoRA of rank {done.rank}.",
         front=_front(model, kind, adapter=not merged),
-        use=usage(kind, None if merged else base, name, labels=labels, merged=merged),
+        use=usage(
+            kind, None if merged else base, name, labels=labels, merged=merged, whole=done.tokenizer
+        ),
         notes=[str(done)],
         recipe={
             "base": base,
@@ -128,7 +125,7 @@ def export_card(
             **versions(),
             **_versions(),
         },
-        command=command(args),
+        command=command,
         config="",
         results=results,
         tables=markdown_table((["", "adapter", "rank", "SHA-256 of its weights"], rows)),
@@ -146,7 +143,13 @@ def kind_of_adapters(stack: AdapterStack) -> str:
 
 
 def usage(
-    kind: str, base: str | None, name: str | None, *, labels: list[str], merged: bool = False
+    kind: str,
+    base: str | None,
+    name: str | None,
+    *,
+    labels: list[str],
+    merged: bool = False,
+    whole: bool = False,
 ) -> str:
     """Return Python that loads the result with transformers and PEFT alone.
 
@@ -156,6 +159,7 @@ def usage(
         name: Folder of the adapter or of the merged model; None where a strategy leaves neither.
         labels: Of a classifier.
         merged: Whether the folder holds a whole model.
+        whole: Whether it holds the tokenizer.
     """
     cls = CLASSES[kind][0]
     source = json.dumps(name if merged else base)
@@ -171,7 +175,7 @@ def usage(
         head = ", id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True"
     lines += [
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({source})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name) if whole else source})",
         f"model = {cls}.from_pretrained({source}{head})",
     ]
     if not merged and name is not None:
