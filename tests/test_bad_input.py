@@ -65,7 +65,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "empty question": (("generate", ""), "The question is empty"),
     "blank question": (("generate", " \n"), "The question is empty"),
     "half a character": (("generate", "\udcff"), "bytes that are no UTF-8"),
-    "empty system": (("generate", "Hi", "--system", " "), "`--system` is empty"),
+    "empty system": (("generate", "Hi", "--system", " "), "`--system` is only white space"),
     # methods
     "unknown method": (("generate", "Hi", "--method", "linear-aligment"), '"linear-alignment"?'),
     "option of another method": (

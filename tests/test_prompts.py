@@ -5,8 +5,26 @@ from __future__ import annotations
 import pytest
 from conftest import CHATML, NO_SYSTEM, byte_tokenizer, random_model
 
-from trueline import DataError, LanguageModel, ModelError
-from trueline.models.prompts import encode, fold_system, pad_left, shared_length, system_prefix
+from trueline import (
+    AdaCD,
+    Blend,
+    Contrast,
+    DataError,
+    Decoder,
+    LanguageModel,
+    LinearAlignment,
+    ModelError,
+    Plain,
+    SelfCD,
+)
+from trueline.models.prompts import (
+    default_system,
+    encode,
+    fold_system,
+    pad_left,
+    shared_length,
+    system_prefix,
+)
 from trueline.types import check_messages
 
 USER = {"role": "user", "content": "Why?"}
@@ -116,3 +134,106 @@ def test_system_prefix_is_what_all_questions_share(model):
 def test_what_is_not_a_chat_is_named(messages, fragment):
     with pytest.raises(DataError, match=fragment):
         check_messages(messages)
+
+
+# A template with a system text of its own
+
+DEFAULT = "You are Bot. Be useful."
+KEEPS = "{% if messages[0].role != 'system' %}<|system|>" + DEFAULT + "<|end|>{% endif %}" + CHATML
+MORE_THAN_THE_TEXT = KEEPS.replace("<|end|>{% endif %}", "<|end|>Now: <|end|>{% endif %}")
+ALWAYS = (
+    "<|system|>Today: {% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    "<|end|>" + CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [(KEEPS, DEFAULT), (CHATML, None), (NO_SYSTEM, None), (DROPS_SYSTEM, None), (ALWAYS, None),
+     (MORE_THAN_THE_TEXT, None), ("{{ 1 / 0 }}", None), (None, None)],
+    ids=["default", "none", "raises", "drops", "head", "more", "broken", "no template"],
+)  # fmt: skip
+def test_the_default_system_text_is_found_in_the_template(model, template, expected):
+    lm = LanguageModel(model, byte_tokenizer(template))
+    assert default_system(lm) == expected
+    assert default_system(LanguageModel(model, byte_tokenizer(template), raw=True)) is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Plain(),
+        Plain(principle="Be kind."),
+        LinearAlignment(principle="Be kind."),
+        SelfCD(),
+        AdaCD(),
+        Blend(principles=(("Be kind.", 1.0), ("Be brief.", 0.5))),
+        Contrast(principle="Be kind.", negative="Be rude."),
+    ],
+    ids=lambda m: m.name,
+)
+def test_it_stays_in_every_branch_in_front_of_what_a_method_adds(model, method):
+    lm = LanguageModel(model, byte_tokenizer(KEEPS))
+    branches = Decoder(lm).encode("Why?", method).branches
+    texts = [lm.tokenizer.decode(ids) for ids in branches]
+    without = LanguageModel(model, byte_tokenizer(CHATML))
+    own = [without.tokenizer.decode(b) for b in Decoder(without).encode("Why?", method).branches]
+    assert len(texts) == len(own)
+    for found, bare in zip(texts, own, strict=True):
+        system = f"<|system|>{DEFAULT}"
+        # by hand: the text in front of the method's own, or alone
+        if bare.startswith("<|system|>"):
+            assert found == f"{system}\n\n{bare.removeprefix('<|system|>')}"
+        else:
+            assert found == f"{system}<|end|>{bare}"
+
+
+def test_a_callers_own_system_message_replaces_it_and_an_empty_one_takes_it_out(model):
+    lm = LanguageModel(model, byte_tokenizer(KEEPS))
+    method = LinearAlignment(principle="Be brief.")
+    for content, plain, led in (("Be kind.", "Be kind.", "Be kind.\n\nBe brief."),
+                                ("", "", "Be brief.")):  # fmt: skip
+        chat = [{"role": "system", "content": content}, USER]
+        principled, bare = Decoder(lm).encode(chat, method).branches
+        rest = "<|end|><|user|>Why?<|end|><|assistant|>"
+        assert lm.tokenizer.decode(bare) == f"<|system|>{plain}{rest}"
+        assert lm.tokenizer.decode(principled) == f"<|system|>{led}{rest}"
+
+
+def test_it_can_be_left_out_of_all_branches(model):
+    lm = LanguageModel(model, byte_tokenizer(KEEPS), default_system=False)
+    rest = "<|end|><|user|>Why?<|end|><|assistant|>"
+    principled, bare = Decoder(lm).encode("Why?", LinearAlignment(principle="Be brief.")).branches
+    assert lm.tokenizer.decode(bare) == f"<|system|>{rest}"
+    assert lm.tokenizer.decode(principled) == f"<|system|>Be brief.{rest}"
+    assert text(lm, [SYSTEM, USER]) == f"<|system|>Be kind.{rest}"
+    # a template without such a text gets no message that it would show
+    other = LanguageModel(model, byte_tokenizer(CHATML), default_system=False)
+    assert text(other, [USER]) == "<|user|>Why?<|end|><|assistant|>"
+
+
+def test_an_empty_system_message_adds_nothing_where_there_is_no_role_for_it(model):
+    chat = [{"role": "system", "content": ""}, USER]
+    for template in (NO_SYSTEM, DROPS_SYSTEM):
+        lm = LanguageModel(model, byte_tokenizer(template))
+        assert text(lm, chat) == text(lm, [USER])
+    raw = LanguageModel(model, byte_tokenizer(None), raw=True)
+    assert text(raw, chat) == "Why?"
+    with pytest.raises(DataError, match="system message is empty"):
+        check_messages([{"role": "system", "content": " "}, USER])
+
+
+def test_teachers_and_scores_see_the_prompts_that_decoding_sees(model):
+    from trueline.evals.likelihood import branch_rows
+    from trueline.train.distil.teachers import make_teacher
+
+    lm = LanguageModel(model, byte_tokenizer(KEEPS))
+    method = LinearAlignment(principle="Be brief.")
+    wanted = Decoder(lm).encode("Why?", method).branches
+    teacher = make_teacher("linear-alignment", {"principle": "Be brief."})
+    lesson = teacher.lesson(lm, {"prompt": "Why?"})
+    assert lesson.branches == wanted
+    assert lesson.prompt == wanted[1]  # the student's: the default text, no principle
+    led = make_teacher("linear-alignment", {"principle": "Be brief."}, student="prompted")
+    assert led.lesson(lm, {"prompt": "Why?"}).prompt == wanted[0]
+    assert branch_rows(lm, method, [[USER]], [[5]])[0] == wanted

@@ -135,6 +135,10 @@ def check_seed(seed: object) -> None:
         raise ConfigError(f"`seed` must be a whole number below 2^63, got {seed!r}.")
 
 
+EMPTY = ("system", "")
+"""The one message without text that means something: the template is not to put in its own."""
+
+
 def check_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Message]:
     """Return `messages` as a fresh list of messages; raise `DataError` for what is not a chat."""
     if isinstance(messages, str):
@@ -159,7 +163,7 @@ def check_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Message]
                 if isinstance(content, list)
                 else f"The {role} message must be a text, got an object."
             )
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str) or not (content.strip() or (role, content) == EMPTY):
             raise DataError(f"The {role} message is empty. Give it some text.")
         checked.append({"role": role, "content": content})
     if not any(m["role"] == "user" for m in checked):

@@ -11,6 +11,8 @@ from trueline.cli.options import (
     add_method_options,
     add_model_options,
     add_sampling_options,
+    add_system_option,
+    check_system,
     given,
     load,
     method_and_sampling,
@@ -28,7 +30,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("--system", metavar="TEXT", help="your own system message (none)")
+    add_system_option(parser)
     add_model_options(parser)
     add_method_options(parser)
     add_sampling_options(parser)
@@ -39,8 +41,7 @@ def run(args: argparse.Namespace) -> None:
     check_seed(args.seed)
     if args.n != 1:
         raise ConfigError("A chat has one answer a turn. Leave out `--n`.")
-    if args.system is not None and not args.system.strip():
-        raise ConfigError("`--system` is empty. Give it some text or leave it out.")
+    check_system(args.system)
     options = given(args)
     _, sampling = method_and_sampling(args)
     name, own, _ = split_options(options)

@@ -227,7 +227,7 @@ class Chat:
         return self.turns[-2]["content"]
 
     def _system(self) -> list[Message]:
-        return [{"role": "system", "content": self.system}] if self.system else []
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def _known(self) -> dict[str, Any]:
         """Return the options of all methods and of the one in use, with their kinds."""

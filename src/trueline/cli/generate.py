@@ -13,6 +13,8 @@ from trueline.cli.options import (
     add_method_options,
     add_model_options,
     add_sampling_options,
+    add_system_option,
+    check_system,
     load,
     method_and_sampling,
 )
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add = parser.add_argument
     add("question", nargs="?", metavar="QUESTION", help="the question; - reads it from stdin")
-    add("--system", metavar="TEXT", help="your own system message")
+    add_system_option(parser)
     add("--json", action="store_true", help="print JSON, one object a completion")
     add("--compare", action="store_true", help="plain, principle prompt and method side by side")
     group = parser.add_argument_group("files of prompts")
@@ -57,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     """Answer the question, or hand a file over to `trueline.cli.rows`."""
     check_seed(args.seed)
-    if args.system is not None and not args.system.strip():
-        raise ConfigError("`--system` is empty. Give it some text or leave it out.")
+    check_system(args.system)
     if args.input is not None:
         if args.question is not None:
             raise ConfigError("Give a question or `--input`, not both.")

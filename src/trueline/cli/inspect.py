@@ -11,6 +11,8 @@ from trueline.cli.options import (
     add_method_options,
     add_model_options,
     add_sampling_options,
+    add_system_option,
+    check_system,
     load,
     method_and_sampling,
 )
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add = parser.add_argument
     add("question", metavar="QUESTION", help="what to ask")
-    add("--system", metavar="TEXT", help="your own system message")
+    add_system_option(parser)
     add("--output", default="inspect", metavar="DIR", help="folder for the files (inspect)")
     add("--top", type=int, default=5, metavar="N", help="alternatives shown at every token (5)")
     add_model_options(parser)
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     method, sampling = method_and_sampling(args)
     check_number("top", args.top, low=1, whole=True)
     check_seed(args.seed)
+    check_system(args.system)
     if sampling.n != 1:
         raise ConfigError(f"inspect shows one answer, got `--n` {sampling.n}. Leave it out.")
     need_matplotlib()

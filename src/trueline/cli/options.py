@@ -39,6 +39,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--quantize", choices=("4bit", "8bit"), help="needs bitsandbytes (none)")
     add("--chat-template", metavar="FILE", help="Jinja file to use as the chat template (its own)")
     add("--raw", action="store_true", help="send the prompt as it is, for base models")
+    add("--no-default-system", action="store_true", help="an empty system message where a chat has "
+        "none, instead of the template's own text")  # fmt: skip
     add("--revision", help="branch, tag or commit on the hub (its newest)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--threads", type=int, metavar="N", help="CPU threads (1 for small models, else torch's)")
@@ -54,7 +56,24 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
         *("revision", "trust_remote_code", "threads"),
     ]
     given = {name: getattr(args, name) for name in names}
-    return ModelConfig(args.model, **given, packed_weights=not args.no_packed_weights)
+    return ModelConfig(
+        args.model,
+        **given,
+        packed_weights=not args.no_packed_weights,
+        default_system=not args.no_default_system,
+    )
+
+
+def add_system_option(parser: Any) -> None:
+    """Add `--system`."""
+    parser.add_argument("--system", metavar="TEXT", help='your own system message; "" is an empty '
+        "one, with which templates leave out their own (none)")  # fmt: skip
+
+
+def check_system(text: str | None) -> None:
+    """Raise `ConfigError` for a system message of white space."""
+    if text and not text.strip():
+        raise ConfigError('`--system` is only white space. Give it some text, or "" for none.')
 
 
 def load(args: argparse.Namespace) -> LanguageModel:

@@ -24,7 +24,7 @@ from trueline.errors import DataError, ModelError, check_number
 from trueline.methods import Plain
 from trueline.models.detokenizer import Detokenizer
 from trueline.models.load import LanguageModel
-from trueline.models.prompts import encode, system_prefix
+from trueline.models.prompts import chat_of, encode, system_prefix
 from trueline.types import (
     Completion,
     FinishReason,
@@ -32,7 +32,6 @@ from trueline.types import (
     Method,
     Request,
     SamplingParams,
-    check_messages,
 )
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ class Decoder:
                 f'Method "{method.name}" switches the adapter off in one branch, but model '
                 f'"{self.model.name}" has no adapter. Pass --adapter FOLDER (`adapter=`).'
             )
-        chats = method.prompts(check_messages(request.messages))
+        chats = method.prompts(chat_of(self.model, request.messages))
         branches = [encode(self.model, chat) for chat in chats]
         self.check_length(branches)
         prefixes = tuple(map(self._prefix, chats)) if self.share_prefixes else ()

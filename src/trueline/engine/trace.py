@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trueline.engine.decoding import Decoder, Step
 from trueline.errors import DataError
 from trueline.methods import Plain
-from trueline.types import FinishReason, Message, Method, Request, SamplingParams, check_messages
+from trueline.models.prompts import chat_of
+from trueline.types import FinishReason, Message, Method, Request, SamplingParams
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -226,7 +227,7 @@ def record(
     `on_token` sees each token as it comes; sampling with n > 1 keeps the first completion.
     """
     method = method or Plain()
-    chat = check_messages(messages)
+    chat = chat_of(decoder.model, messages)
     prompts = method.prompts(chat)
     names: list[int | None] = list(range(len(prompts)))
     if not any(p == chat and k not in method.base_branches for k, p in enumerate(prompts)):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trueline.engine.scoring import combined, forced_logits
 from trueline.errors import DataError, ModelError, check_number
-from trueline.models.prompts import encode
+from trueline.models.prompts import chat_of, encode
 from trueline.types import Message, Method, check_messages
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def branch_rows(
         )
     prompts, rows, adapters = [], [], []
     for chat, response in zip(chats, responses, strict=True):
-        for branch, messages in enumerate(method.prompts(check_messages(chat))):
+        for branch, messages in enumerate(method.prompts(chat_of(model, chat))):
             prompts.append(encode(model, messages))
             rows.append(response)
             adapters.append(branch not in method.base_branches)

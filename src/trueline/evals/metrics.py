@@ -22,8 +22,8 @@ from trueline.evals.points import Point
 from trueline.evals.preference import first_letter
 from trueline.evals.quality import negative_logprobs, text_quality
 from trueline.evals.statistics import Estimate, mean, rate
-from trueline.models.prompts import encode
-from trueline.types import Request, check_messages
+from trueline.models.prompts import chat_of, encode
+from trueline.types import Request
 
 if TYPE_CHECKING:
     from trueline.engine.decoding import Decoder, Step
@@ -49,7 +49,7 @@ def fitting(
     """
     kept, reason = [], ""
     for item in items:
-        chat, branches = check_messages(item.chat), []
+        chat, branches = chat_of(decoder.model, item.chat), []
         for point in points:
             for branch in point.make(item.principle).prompts(chat):
                 if branch not in branches:

@@ -27,7 +27,7 @@ def with_system(messages: Sequence[Message], text: str | None) -> list[Message]:
         return messages
     if messages and messages[0]["role"] == "system":
         own, messages = messages[0]["content"], messages[1:]
-        text = f"{own}\n\n{text}"
+        text = f"{own}\n\n{text}" if own else text
     return [{"role": "system", "content": text}, *messages]
 
 

@@ -36,6 +36,9 @@ class LanguageModel:
     name: str = "model"
     raw: bool = False
     """Send prompts as they are, with no chat template."""
+    default_system: bool = True
+    """Keep the system text that the template puts in where a chat has none; off, it is empty."""
+    _default_system: str | None = field(default=None, repr=False)
     _folds_system: bool | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +115,7 @@ def load_model(
     quantize: Literal["4bit", "8bit"] | None = None,
     chat_template: str | Path | None = None,
     raw: bool = False,
+    default_system: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
     packed_weights: bool | None = None,
@@ -131,6 +135,8 @@ def load_model(
         quantize: "4bit" or "8bit"; needs bitsandbytes.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         raw: Send prompts as they are, with no chat template (for base models).
+        default_system: Keep the system text that some templates put in where a chat has none, in
+            front of a method's own in every branch; off, there is none.
         revision: A branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint.
         packed_weights: On a CPU, keep a second copy of the weights in a layout that multiplies a
@@ -176,7 +182,7 @@ def load_model(
         model = put_adapter(model, str(adapter), adapter_folder, on=str(name))
     if packed_weights is not False and target.type == "cpu":
         pack_weights(model, force=packed_weights is True)
-    loaded = LanguageModel(model, tokenizer, str(name), raw)
+    loaded = LanguageModel(model, tokenizer, str(name), raw, default_system)
     if progress is not None:
         progress(f"loading {name}", 1, 1)
     return loaded

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trueline.errors import DataError, ModelError
 from trueline.models.hub import one_line
-from trueline.types import Message
+from trueline.types import Message, check_messages
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -18,9 +18,55 @@ if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
 
 
+PROBE = "a-system-text-0"
 TEMPLATE_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError,
                    RecursionError, MemoryError, AssertionError)  # fmt: skip
 """What the program in a chat template can come to, besides errors of its language."""
+
+
+def chat_of(model: LanguageModel, messages: str | Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Return a checked chat that starts with the template's default system text, if it has one.
+
+    Some templates put in a system text of their own where a chat has none. Here it becomes the
+    chat's own, so that a method adds its principle to it instead of putting it out, and stays in
+    every branch. A chat with a system message, be it empty, and a template without such a text are
+    left alone; so are all with `model.default_system` off.
+
+    Raises `DataError` for what is not a chat.
+    """
+    chat = check_messages(messages)
+    if chat[0]["role"] == "system" or not model.default_system:
+        return chat
+    text = default_system(model)
+    return chat if text is None else [{"role": "system", "content": text}, *chat]
+
+
+def default_system(model: LanguageModel) -> str | None:
+    """Return the system text that the template puts in where a chat has none; None if it has none.
+
+    Found by rendering a chat without a system message and one with a probe; taken for certain only
+    where the text, given as a system message, makes the very prompt that it makes by default.
+    """
+    if model._default_system is None:
+        model._default_system = _find_default(model)
+    return model._default_system or None
+
+
+def _find_default(model: LanguageModel) -> str:
+    if model.raw or not model.tokenizer.chat_template or _folds_system(model):
+        return ""
+    question: Message = {"role": "user", "content": "Why?"}
+    try:
+        own = _apply(model, [question])
+        parts = _apply(model, [{"role": "system", "content": PROBE}, question]).split(PROBE)
+        head, tail = parts[0], parts[-1]
+        if len(parts) != 2 or not own.startswith(head) or not own.endswith(tail):
+            return ""
+        text = own[len(head) : len(own) - len(tail)]
+        again = text.strip() and _apply(model, [{"role": "system", "content": text}, question])
+    except DataError:
+        return ""
+    return text if again == own else ""
 
 
 def encode(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
@@ -35,7 +81,7 @@ def encode(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
         DataError: The template refuses these messages.
     """
     if model.raw:
-        text = "\n".join(message["content"] for message in messages)
+        text = "\n".join(m["content"] for m in messages if m["content"])
     else:
         text = render(model, messages)
     try:
@@ -82,8 +128,12 @@ def render(model: LanguageModel, messages: Sequence[Message]) -> str:
             f'Model "{model.name}" has no chat template. Pass --chat-template FILE (in Python '
             "`chat_template=`), or --raw (`raw=True`) to send the prompt as it is."
         )
-    if messages[0]["role"] == "system" and _folds_system(model):
-        messages = fold_system(messages)
+    if messages[0]["role"] == "system":
+        if _folds_system(model):
+            messages = fold_system(messages)
+    elif not model.default_system and default_system(model) is not None:
+        # An empty system message is the one way to keep a template from putting in its own.
+        messages = [{"role": "system", "content": ""}, *messages]
     return _apply(model, messages)
 
 
@@ -109,13 +159,12 @@ def _apply(model: LanguageModel, messages: Sequence[Message]) -> str:
 def _folds_system(model: LanguageModel) -> bool:
     """Return whether the template has no system role: it raises on one, or drops its text."""
     if model._folds_system is None:
-        probe = "a-system-text-0"
         chat: list[Message] = [
-            {"role": "system", "content": probe},
+            {"role": "system", "content": PROBE},
             {"role": "user", "content": "Why?"},
         ]
         try:
-            model._folds_system = probe not in _apply(model, chat)
+            model._folds_system = PROBE not in _apply(model, chat)
         except DataError:
             model._folds_system = True
     return model._folds_system
@@ -124,6 +173,8 @@ def _folds_system(model: LanguageModel) -> bool:
 def fold_system(messages: Sequence[Message]) -> list[Message]:
     """Return the chat with its system text at the head of the first user message."""
     system, *rest = messages
+    if not system["content"]:
+        return rest
     first = next(i for i, m in enumerate(rest) if m["role"] == "user")
     text = f"{system['content']}\n\n{rest[first]['content']}"
     return [*rest[:first], {"role": "user", "content": text}, *rest[first + 1 :]]

@@ -36,6 +36,8 @@ class ModelConfig:
     """Jinja file to use as the chat template."""
     raw: bool = False
     """Send prompts as they are, for base models."""
+    default_system: bool = True
+    """Keep the system text that some templates put in where a chat has none, in every branch."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
@@ -66,6 +68,7 @@ class ModelConfig:
             quantize=self.quantize,
             chat_template=self.chat_template,
             raw=self.raw,
+            default_system=self.default_system,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             packed_weights=None if self.packed_weights else False,
@@ -84,6 +87,7 @@ class ModelConfig:
             "device": model.device.type,
             "quantize": self.quantize,
             "raw": self.raw,
+            "default_system": self.default_system,
             "packed_weights": self.packed_weights,
             "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None))),
         }

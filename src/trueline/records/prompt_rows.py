@@ -10,7 +10,7 @@ from typing import Any
 
 from trueline.errors import DataError
 from trueline.records.lines import kind_of, parse, read_content
-from trueline.types import SEEDS, Message, check_messages
+from trueline.types import EMPTY, SEEDS, Message, check_messages
 
 WRITTEN = (
     *("text", "token_ids", "finish_reason", "prompt_tokens", "samples"),
@@ -113,7 +113,7 @@ def _messages(row: Mapping[str, Any]) -> list[Message]:
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise DataError(f'field "{name}" must be a string, got {kind_of(value)}.')
-    if not value.strip():
+    if not value.strip() and (name, value) != EMPTY:
         raise DataError(f'field "{name}" is empty. Give it some text.')
 
 

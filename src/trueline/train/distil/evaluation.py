@@ -41,7 +41,7 @@ class HeldOut:
     def __call__(self, model: LanguageModel) -> dict[str, float]:
         """Return the mean of each measure over the answers that the judge could read."""
         sampling = SamplingParams(max_new_tokens=self.max_new_tokens)
-        requests = [Request(self._messages(item)) for item in self.items]
+        requests = [Request(self._messages(model, item)) for item in self.items]
         texts = [c.text for c in generate(model, requests, sampling=sampling)]
         verdicts = judge_responses(self.metric, self.items, texts, self.judge)
         means = {}
@@ -51,9 +51,10 @@ class HeldOut:
                 means[name] = sum(values) / len(values)
         return means
 
-    def _messages(self, item: Item) -> list[Message]:
+    def _messages(self, model: LanguageModel, item: Item) -> list[Message]:
         principle = item.principle if self.teacher.takes_principle else None
-        return self.teacher.student_messages({"prompt": item.prompt, "principle": principle})
+        row = {"prompt": item.prompt, "principle": principle}
+        return self.teacher.student_messages(model, row)
 
 
 class Evaluation(TrainerCallback):

@@ -146,7 +146,10 @@ def teacher_effect(
         return float("nan")
     lessons = [teacher.lesson(reference, row) for row in taught]
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
-    requests = [Request(teacher.student_messages(r), seed=seed + i) for i, r in enumerate(taught)]
+    requests = [
+        Request(teacher.student_messages(reference, row), seed=seed + i)
+        for i, row in enumerate(taught)
+    ]
     answers = [c.token_ids for c in generate(reference, requests, sampling=sampling)]
     total, count = 0.0, 0
     for _, z_star, z_s in policies(

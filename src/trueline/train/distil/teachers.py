@@ -28,8 +28,8 @@ from trueline.errors import ConfigError, DataError, check_number, suggestion
 from trueline.methods import METHODS, make_method
 from trueline.methods.plain import Plain
 from trueline.models.load import LanguageModel, load_model
-from trueline.models.prompts import encode
-from trueline.types import Message, Method, check_messages
+from trueline.models.prompts import chat_of, encode
+from trueline.types import Message, Method
 
 TEACHERS = ("principle", "linear-alignment", "checkpoints", *(m for m in METHODS if m != "plain"))
 STUDENTS = ("plain", "prompted")
@@ -110,9 +110,9 @@ class Teacher:
         fields = METHODS[self._method_name].__dataclass_fields__
         return "principle" in fields and fields["principle"].default is dataclasses.MISSING
 
-    def student_messages(self, row: Mapping[str, Any]) -> list[Message]:
+    def student_messages(self, model: LanguageModel, row: Mapping[str, Any]) -> list[Message]:
         """Return what the student sees of a row."""
-        messages = check_messages(row["prompt"])
+        messages = chat_of(model, row["prompt"])
         if self.student == "plain":
             return messages
         method = self.row_method(row)
@@ -123,11 +123,11 @@ class Teacher:
 
     def lesson(self, model: LanguageModel, row: Mapping[str, Any]) -> Lesson:
         """Return a row's prompts as token ids, as a decoder would see them."""
-        prompt = encode(model, self.student_messages(row))
+        prompt = encode(model, self.student_messages(model, row))
         method = self.row_method(row)
         if method is None:
             return Lesson(prompt, None, [prompt])
-        chats = method.prompts(check_messages(row["prompt"]))
+        chats = method.prompts(chat_of(model, row["prompt"]))
         return Lesson(prompt, method, [encode(model, chat) for chat in chats])
 
     def check(self, columns: Sequence[str] | None) -> None:
