@@ -16,7 +16,7 @@ from trueline import ConfigError, LanguageModel, ModelError, generate, load_mode
 from trueline.models import hub
 from trueline.models.adapter import add_lora
 from trueline.models.checkpoint import load_as_saved, read_config
-from trueline.models.hub import find_model
+from trueline.models.places import find_model
 
 WEIGHTS, LORA = "model.safetensors", "adapter_model.safetensors"
 LAYER = "model.layers.1.mlp.up_proj.weight"

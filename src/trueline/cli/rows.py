@@ -252,15 +252,8 @@ def _settings(
         fields["principle"] = "from the rows"
     names = (
         *("model", "adapter", "revision", "device", "device_map", "dtype", "quantize"),
-        *(
-            "chat_template",
-            "raw",
-            "threads",
-            "no_packed_weights",
-            "system",
-            "no_default_system",
-            "batch_size",
-        ),
+        *("chat_template", "raw", "threads", "no_packed_weights", "system", "no_default_system"),
+        "batch_size",
         *("seed", "skip_bad"),
     )
     return {

@@ -186,7 +186,7 @@ def set_threads(job: StreamJob) -> None:
     import torch
 
     from trueline.errors import check_number
-    from trueline.models.hub import BUNDLED
+    from trueline.models.places import BUNDLED
 
     if job.threads is not None:
         check_number("threads", job.threads, low=1, whole=True)

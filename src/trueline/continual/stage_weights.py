@@ -27,8 +27,8 @@ from trueline.continual.tasks import Task, union_of_labels
 from trueline.errors import ConfigError, ModelError
 from trueline.models.adapter import WEIGHTS
 from trueline.models.checkpoint import HEADS, load_as_saved, read_config
-from trueline.models.hub import find_model
 from trueline.models.load import load_model
+from trueline.models.places import find_model
 from trueline.train.adapters.stack import AdapterStack, save_adapter
 
 Factory = Callable[[], tuple[Any, Any]]

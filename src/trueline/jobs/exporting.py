@@ -21,8 +21,8 @@ from trueline.jobs.stack_cards import export_card
 from trueline.models.adapter import CONFIG, trained_on
 from trueline.models.checkpoint import load_as_saved, quiet, read_tokenizer
 from trueline.models.device import DTYPES, check_dtype
-from trueline.models.hub import find_model
 from trueline.models.load import need
+from trueline.models.places import find_model
 from trueline.records.disk import replace_file, whole_folder
 from trueline.train.adapters.export import (
     Exported,
@@ -196,7 +196,8 @@ def _base(
     loaded = load_as_saved(place, head=None if outputs is None else {"num_labels": outputs})
     model = loaded.model
     labels = streams[-1].get("labels", []) if streams else []
-    if labels and getattr(model.config, "num_labels", None) == len(labels) == outputs:
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    if classifies and model.config.num_labels == len(labels):
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: k for k, label in enumerate(labels)}
     if config.dtype != "auto":

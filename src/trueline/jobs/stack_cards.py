@@ -187,7 +187,7 @@ def is_bundled(model: str) -> bool:
     """Return whether this is the bundled model, by its name or by the folder it lies in."""
     from importlib import resources
 
-    from trueline.models.hub import BUNDLED
+    from trueline.models.places import BUNDLED
 
     assets = Path(str(resources.files("trueline"))) / "assets"
     return model in BUNDLED or any(Path(model) == assets / name for name in BUNDLED)

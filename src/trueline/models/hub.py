@@ -1,8 +1,4 @@
-"""Names of models and adapters to places; whether a hub is there is asked in `reachable` alone.
-
-    "tiny"        the bundled model
-    a folder      itself
-    OWNER/NAME    the hub; its cache on this machine where the hub cannot be reached
+"""Where checkpoints come from, and what the hub has: whether it is there is asked in one place.
 
 Asked in vain, the hub's own client retries for half a minute; `reachable` finds out in a moment.
 """
@@ -13,14 +9,11 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from trueline.errors import ConfigError, DataError, ModelError
 
-BUNDLED = ("tiny",)
-"""Models that come with the package."""
 PATIENCE = 3.0
 """Seconds that the hub's host has to answer."""
 
@@ -52,40 +45,6 @@ class Place:
         if self.folder is None and not reachable():
             told["local_files_only"] = True
         return told
-
-
-def find_model(
-    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Place:
-    """Return where the model of this name is; raises `ModelError` for a folder without one."""
-    return Place(str(name), _place(name), revision, trust_remote_code)
-
-
-def _place(name: str | Path) -> str:
-    if bundled := bundled_folder(name):
-        return str(bundled)
-    path = Path(name).expanduser()
-    if _is_dir(path):
-        if not (path / "config.json").is_file():
-            raise ModelError(f'Folder "{name}" holds no model: it has no config.json.')
-        return str(path)
-    if looks_local(name) or path.exists():
-        raise ModelError(f'No model folder at "{name}". Give a folder with config.json.')
-    check_hub_name(name)
-    return str(name)
-
-
-def bundled_folder(name: str | Path) -> Path | None:
-    """Return the folder of a model that comes with the package; None for all others."""
-    if str(name) not in BUNDLED:
-        return None
-    return Path(str(resources.files("trueline"))) / "assets" / str(name)
-
-
-def model_folder(name: str | Path) -> Path | None:
-    """Return the folder of a model on this machine, bundled ones too; None for a hub name."""
-    folder = bundled_folder(name) or Path(name).expanduser()
-    return folder if _is_dir(folder) else None
 
 
 def looks_local(name: str | Path) -> bool:
@@ -162,7 +121,7 @@ def load_dataset(name: str, config: str | None = None) -> Any:
     try:
         if any((folder / f).is_file() for f in ("dataset_dict.json", "state.json")):
             return datasets.load_from_disk(str(folder))
-        if _is_dir(folder):
+        if is_dir(folder):
             return datasets.load_dataset(str(folder), config)
         check_hub_name(name)
         with _offline(datasets.config, not reachable()):
@@ -190,7 +149,8 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _is_dir(path: Path) -> bool:
+def is_dir(path: Path) -> bool:
+    """Return whether this is a folder; a name that no file can have is none."""
     try:
         return path.is_dir()
     except (OSError, ValueError):  # a name too long, or with a NUL

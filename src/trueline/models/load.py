@@ -14,8 +14,8 @@ from trueline.errors import ConfigError, ModelError
 from trueline.models.adapter import check_adapter, find_adapter, put_adapter
 from trueline.models.checkpoint import read_config, read_tokenizer, read_weights
 from trueline.models.device import check_dtype, find_device, find_dtype
-from trueline.models.hub import find_model
 from trueline.models.packed import pack_weights
+from trueline.models.places import find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +38,8 @@ class LanguageModel:
     """Send prompts as they are, with no chat template."""
     default_system: bool = True
     """Keep the system text that the template puts in where a chat has none; off, it is empty."""
+    folder: Path | None = field(default=None, repr=False)
+    """Where its files are; None on the hub, or where it was made in memory."""
     _default_system: str | None = field(default=None, repr=False)
     _folds_system: bool | None = field(default=None, repr=False)
 
@@ -124,7 +126,8 @@ def load_model(
     """Load a causal language model from a folder, the hub, or the package (`"tiny"`).
 
     Args:
-        name: A folder, a hub name, or "tiny".
+        name: A folder, a hub name, a GGUF file (converted once), or the name of a model: "tiny",
+            the bundled one, "smollm2", a real chat model that is fetched once.
         dtype: "auto", "float32", "bfloat16" or "float16". "auto" is the checkpoint's own, but on a
             CPU float16 becomes float32, and bfloat16 becomes float32 where the processor has no
             bfloat16 instructions.
@@ -164,7 +167,9 @@ def load_model(
         need("peft", "adapters", "adapter")
         adapter_folder = find_adapter(adapter)
         check_adapter(adapter_folder)
-    place = find_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    place = find_model(
+        name, revision=revision, trust_remote_code=trust_remote_code, progress=progress
+    )
     config = read_config(place)
     tokenizer = read_tokenizer(place)
     if template is not None:
@@ -182,7 +187,9 @@ def load_model(
         model = put_adapter(model, str(adapter), adapter_folder, on=str(name))
     if packed_weights is not False and target.type == "cpu":
         pack_weights(model, force=packed_weights is True)
-    loaded = LanguageModel(model, tokenizer, str(name), raw, default_system)
+    loaded = LanguageModel(
+        model, tokenizer, str(name), raw, default_system=default_system, folder=place.folder
+    )
     if progress is not None:
         progress(f"loading {name}", 1, 1)
     return loaded

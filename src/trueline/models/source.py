@@ -81,7 +81,7 @@ class ModelConfig:
         return {
             "name": self.name,
             "revision": self.revision,
-            "hash": model_hash(model, model_folder(self.name)),
+            "hash": model_hash(model, model.folder or model_folder(self.name)),
             "adapter": adapter_settings(self.adapter),
             "dtype": str(model.model.dtype).removeprefix("torch."),
             "device": model.device.type,

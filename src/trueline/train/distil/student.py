@@ -13,8 +13,8 @@ from transformers import set_seed
 from trueline.errors import ConfigError
 from trueline.models.adapter import add_lora
 from trueline.models.checkpoint import read_tokenizer
-from trueline.models.hub import find_model
 from trueline.models.load import LanguageModel, load_model
+from trueline.models.places import find_model
 
 if TYPE_CHECKING:
     from trueline.train.distil.config import InverseQConfig
