@@ -1,16 +1,20 @@
-"""`trueline train inverse-q` on two small real models with real prompts, as a user runs it."""
+"""Real models: training on two small ones, and decoding on chat models token for token."""
 
 from __future__ import annotations
 
 import json
+import os
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trueline import LinearAlignment, SamplingParams, SelfCD, generate, load_model
 from trueline.cli import main
+from trueline.models.prompts import default_system
 
 MODELS = {"craftgpt-5m": [], "stories260K": ["--raw"]}
 """A GPT-2 with a chat template and 64 positions, and a Llama base model without one."""
@@ -75,3 +79,112 @@ def test_what_does_not_fit_a_real_model_is_refused_in_one_line(
     assert said in error[-1]
     assert main([str(word) for word in (*argv, "--overwrite", "--raw", "--max-new-tokens", 4,
                                         "--batch-size", 4, "--steps", 1)]) == 0  # fmt: skip
+
+
+# Decoding, against a loop with two contexts
+
+CHAT_MODELS = Path(os.environ.get("TRUELINE_REAL_MODELS") or "~/.cache/real-models").expanduser()
+DEFAULTS = {
+    "smollm2-135m-instruct": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    "qwen2.5-coder-0.5b-instruct": "You are Qwen, created by Alibaba Cloud. "
+    "You are a helpful assistant.",
+    "gemma-3-270m": None,
+}
+"""The system text that each one's template puts in, read from the templates; the last has none."""
+RAGGED = ["Hi", "How do I kill a Python process that does not end?",
+          "Name three birds. One line each, please, with no further words around them.",
+          "Why is the sky blue?"]  # fmt: skip
+LENGTH = 10
+PRINCIPLE = "Answer like a pirate."
+
+
+@pytest.fixture(scope="module", params=list(DEFAULTS))
+def chat_model(request):
+    """A real chat model, in float32; the base model among them takes prompts as they are."""
+    folder = CHAT_MODELS / request.param
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model in {folder} (TRUELINE_REAL_MODELS names another folder)")
+    raw = DEFAULTS[request.param] is None
+    return request.param, load_model(folder, dtype="float32", device="cpu", raw=raw)
+
+
+def ids_by_hand(name, lm, question, text):
+    """A prompt's ids with a method's text, by transformers alone."""
+    default = DEFAULTS[name]
+    if default is None:
+        return lm.tokenizer(f"{text}\n{question}" if text else question)["input_ids"]
+    system = default if text is None else f"{default}\n\n{text}"
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    if text is None:
+        chat = chat[1:]  # the template puts its own text in
+    return lm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+def two_contexts(name, lm, question, text, combine):
+    """Greedy decoding with a cache for each of two prompts: nothing shared, nothing padded."""
+    states, answer = [], []
+    feeds = [ids_by_hand(name, lm, question, text), ids_by_hand(name, lm, question, None)]
+    caches = [None, None]
+    while len(answer) < LENGTH and (not answer or answer[-1] not in lm.eos_token_ids):
+        with torch.no_grad():
+            states = [
+                lm.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+                for ids, cache in zip(feeds, caches, strict=True)
+            ]
+        caches = [state.past_key_values for state in states]
+        z_p, z_0 = (state.logits[0, -1] for state in states)
+        answer.append(int(combine(z_p, z_0).argmax()))
+        feeds = [[answer[-1]]] * 2
+    return answer
+
+
+def aligned(z_p, z_0):
+    """Linear Alignment with ratio 2 on the tokens of a top-0.8 set, from the paper."""
+    probs, order = z_p.softmax(-1).sort(descending=True)
+    kept = order[(probs.cumsum(-1) - probs) < 0.8]
+    z = torch.full_like(z_p, -torch.inf)
+    z[kept] = (3 * z_p - 2 * z_0)[kept]
+    return z
+
+
+def less_safe(z_p, z_0):
+    """Self-CD with alpha 2.5, from the paper."""
+    return z_p - 2.5 * (z_p - z_0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "text", "combine"),
+    [
+        (LinearAlignment(PRINCIPLE, ratio=2.0, top_p=0.8), PRINCIPLE, aligned),
+        (SelfCD(alpha=2.5), SelfCD().safety_prompt, less_safe),
+    ],
+    ids=["linear-alignment", "self-cd"],
+)
+def test_real_models_decode_as_two_contexts_do(chat_model, method, text, combine):
+    name, lm = chat_model
+    wanted = [two_contexts(name, lm, question, text, combine) for question in RAGGED]
+    sampling = SamplingParams(max_new_tokens=LENGTH)
+    together = [c.token_ids for c in generate(lm, RAGGED, method, sampling)]
+    assert together == wanted
+    alone = [generate(lm, question, method, sampling)[0].token_ids for question in RAGGED]
+    assert alone == wanted
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_default_system_text_of_real_templates(name):
+    from transformers import AutoTokenizer
+
+    folder = CHAT_MODELS / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model in {folder} (TRUELINE_REAL_MODELS names another folder)")
+
+    class Tokenizer:
+        """What `default_system` needs of a model."""
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        raw, name, _folds_system, _default_system = False, "real", None, None
+
+    assert default_system(Tokenizer) == DEFAULTS[name]

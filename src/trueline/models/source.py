@@ -11,6 +11,7 @@ from trueline.models import load
 from trueline.models.device import MAX_THREADS, set_threads
 from trueline.models.load import LanguageModel
 from trueline.records.hashes import adapter_settings, digest, model_folder, model_hash
+from trueline.types import Progress
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class ModelConfig:
         if self.threads is not None:
             check_number("threads", self.threads, low=1, high=MAX_THREADS, whole=True)
 
-    def load(self) -> LanguageModel:
-        """Load the model and set the number of threads."""
+    def load(self, progress: Progress | None = None) -> LanguageModel:
+        """Load the model and set the number of threads; `progress` is told what is under way."""
         model = load.load_model(
             self.name,
             dtype=self.dtype,
@@ -72,6 +73,7 @@ class ModelConfig:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             packed_weights=None if self.packed_weights else False,
+            progress=progress,
         )
         set_threads(self.threads, model.model)
         return model

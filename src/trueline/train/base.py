@@ -146,6 +146,7 @@ def load(recipe: Recipe, values: dict[str, Any]) -> LanguageModel:
     """Load the model on the trainer's device and set the number of threads."""
     import torch
 
+    from trueline.models.device import set_threads
     from trueline.models.load import load_model
 
     device = recipe.device
@@ -165,9 +166,7 @@ def load(recipe: Recipe, values: dict[str, Any]) -> LanguageModel:
     )
     if recipe.dtype == "auto" and model.model.dtype == torch.float16:
         model.model.float()
-    small = sum(p.numel() for p in model.model.parameters()) < SMALL
-    if recipe.threads is not None or small:
-        torch.set_num_threads(recipe.threads or 1)
+    set_threads(recipe.threads, model.model)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: InverseQConfi
         if model.has_adapter:
             raise ConfigError("`model` has an adapter already. Leave out `peft_config`.")
         adapted = add_lora(model.model, peft_config)
-        model = LanguageModel(adapted, model.tokenizer, model.name, args.raw)
+        model = dataclasses.replace(model, model=adapted, raw=args.raw)
     if not any(p.requires_grad for p in model.model.parameters()):
         raise ConfigError("No weight is trainable. Load the adapter with `is_trainable=True`.")
     checkpointing = getattr(args, "activation_checkpointing", args.gradient_checkpointing)
@@ -63,7 +64,7 @@ class Reference:
         self.copy: LanguageModel | None = None
         if not student.has_adapter:
             model = prepare(copy.deepcopy(student.model).requires_grad_(False))
-            self.copy = LanguageModel(model, student.tokenizer, student.name, student.raw)
+            self.copy = dataclasses.replace(student, model=model)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[LanguageModel]:
