@@ -237,3 +237,21 @@ def test_teachers_and_scores_see_the_prompts_that_decoding_sees(model):
     led = make_teacher("linear-alignment", {"principle": "Be brief."}, student="prompted")
     assert led.lesson(lm, {"prompt": "Why?"}).prompt == wanted[0]
     assert branch_rows(lm, method, [[USER]], [[5]])[0] == wanted
+
+
+def test_on_the_command_line(model, tmp_path, capsys):
+    from trueline.cli import main
+
+    model.save_pretrained(tmp_path)
+    byte_tokenizer(KEEPS).save_pretrained(tmp_path)
+    shown = {}
+    for name, more in {
+        "default": (), "same": ("--system", DEFAULT), "empty": ("--system", ""),
+        "none": ("--no-default-system",), "own": ("--system", "Be kind."),
+    }.items():  # fmt: skip
+        argv = ("generate", "Why?", "--model", str(tmp_path), "--max-new-tokens", "8", *more)
+        assert main([*argv]) == 0
+        shown[name] = capsys.readouterr().out
+    assert shown["default"] == shown["same"]
+    assert shown["empty"] == shown["none"]
+    assert len({shown[name] for name in ("default", "empty", "own")}) == 3
