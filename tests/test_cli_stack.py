@@ -466,12 +466,12 @@ def test_a_wrong_stream_is_one_line_and_leaves_nothing(content, wanted, tmp_path
 def test_every_command_of_the_help_is_understood(capsys):
     for words, least in ((["train", "o-lora"], 5), (["export"], 3)):
         with pytest.raises(SystemExit):
-            build_parser().parse_args([*words, "--help"])
+            build_parser(words).parse_args([*words, "--help"])
         shown = capsys.readouterr().out.split("examples:")[1]
         commands = re.findall(r"^  trueline (.*)$", shown, re.MULTILINE)
         assert len(commands) >= least
         for line in commands:
-            build_parser().parse_args(shlex.split(line))
+            build_parser(shlex.split(line)).parse_args(shlex.split(line))
 
 
 def test_the_stream_in_the_help_can_be_read(tmp_path):
