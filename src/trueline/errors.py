@@ -49,9 +49,10 @@ class ModelError(TruelineError, RuntimeError):
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean "..."?` for the closest known name, or the known names."""
     known = list(known)
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    spelled = {word.lower(): word for word in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.6)
     if close:
-        return f' Did you mean "{close[0]}"?'
+        return f' Did you mean "{spelled[close[0]]}"?'
     return f" Known: {', '.join(known)}." if known else ""
 
 

@@ -63,6 +63,8 @@ def _find_default(model: LanguageModel) -> str:
         if len(parts) != 2 or not own.startswith(head) or not own.endswith(tail):
             return ""
         text = own[len(head) : len(own) - len(tail)]
+        if any(mark in text for mark in model.tokenizer.all_special_tokens):
+            return ""  # more than a text
         again = text.strip() and _apply(model, [{"role": "system", "content": text}, question])
     except DataError:
         return ""
