@@ -35,7 +35,7 @@ from trueline.errors import ConfigError, DataError, ModelError, TruelineError, s
 from trueline.integrations import split_options
 from trueline.integrations.scoring import Scored, combined_logits
 from trueline.models.load import LanguageModel, load_model
-from trueline.models.prompts import chat_of, encode, render, shared_length
+from trueline.models.prompts import encode, render, shared_length, with_default
 from trueline.types import Message, SamplingParams, check_messages
 
 try:
@@ -192,7 +192,7 @@ class TruelineLM(LM):
     def _encode_branches(self, context: str) -> tuple[list[int], list[list[int]]]:
         """Return the ids of the context as it is, and of the method's prompts."""
         model, messages = self._messages(context)
-        prompts = self.method.prompts(chat_of(model, messages))
+        prompts = self.method.prompts(with_default(model, messages))
         rows = [encode(model, chat) for chat in (messages, *prompts)]
         rows = [row or [self._prefix] for row in rows]
         return rows[0], rows[1:]

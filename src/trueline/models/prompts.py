@@ -25,16 +25,18 @@ TEMPLATE_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, Attribut
 
 
 def chat_of(model: LanguageModel, messages: str | Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Return a checked chat that starts with the template's default system text, if it has one.
+    """Return a chat `with_default`; raises `DataError` for what is not a chat."""
+    return with_default(model, check_messages(messages))
+
+
+def with_default(model: LanguageModel, chat: list[Message]) -> list[Message]:
+    """Return a chat that starts with the template's default system text, if it has one.
 
     Some templates put in a system text of their own where a chat has none. Here it becomes the
     chat's own, so that a method adds its principle to it instead of putting it out, and stays in
     every branch. A chat with a system message, be it empty, and a template without such a text are
     left alone; so are all with `model.default_system` off.
-
-    Raises `DataError` for what is not a chat.
     """
-    chat = check_messages(messages)
     if chat[0]["role"] == "system" or not model.default_system:
         return chat
     text = default_system(model)
