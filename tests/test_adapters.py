@@ -280,9 +280,9 @@ def test_folders_that_are_no_adapter_are_refused(tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(ModelError, match="damaged or cut short"):
         read_lora(folder)
-    key = "base_model.model.x.lora_A.weight"
+    key = "base_model.model.x.q_proj.lora_A.weight"
     save_file({key: torch.ones(4, 3)}, folder / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match='module "x" has no two matrices'):
+    with pytest.raises(ModelError, match='module "x.q_proj" has no two matrices'):
         read_lora(folder)
 
 

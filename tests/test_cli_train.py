@@ -428,7 +428,7 @@ def test_a_folder_of_adapters_stands_for_them_in_order(trained, second, tmp_path
     ("argv", "wanted"),
     [
         (("--adapters", "none"), 'No adapter at "none"'),
-        (("--adapters", "A", "--dtype", "float32"), "goes with the form merged"),
+        (("--adapters", "A", "--dtype", "float32"), "go with the form merged"),
         (("--adapters", "A", "--form", "merged", "--dtype", "float31"), 'Did you mean "float32"'),
         (("--adapters", "A", "--form", "merged", "--model", "none"), 'Cannot load "none"'),
     ],

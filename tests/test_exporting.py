@@ -172,7 +172,7 @@ def test_broken_adapters_are_not_exported(adapters, tmp_path, edit, said):
         ({"adapters": ()}, "no adapters"),
         ({"form": "onnx"}, "`form` must be"),
         ({"dtype": "float31"}, "Did you mean"),
-        ({"dtype": "float32"}, "goes with the form merged"),
+        ({"dtype": "float32"}, "go with the form merged"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(given, said):

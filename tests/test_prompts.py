@@ -124,7 +124,7 @@ def test_system_prefix_is_what_all_questions_share(model):
         ([], "no user message"),
         ([SYSTEM], "no user message"),
         ([{"role": "user"}], "A message must be"),
-        ([{"role": "user", "content": "x", "name": "y"}], "A message must be"),
+        ([{"role": "user", "content": "x", "name": "y"}], 'this one has also "name"'),
         ([{"role": "robot", "content": "x"}], "system, user, assistant"),
         ([{"role": "user", "content": 3}], "user message is empty"),
         ([USER, SYSTEM], "must come first"),

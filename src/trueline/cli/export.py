@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", metavar="DIR", required=True, help="a new or empty folder")
     add("--form", choices=("lora", "merged"), default="lora", help="one LoRA of rank T x r "
         "(default), or a whole model")  # fmt: skip
-    add("--model", metavar="NAME", help='the untouched base, a folder, hub name or "tiny"; by '
-        "default the one that the adapters name")  # fmt: skip
+    add("--model", metavar="NAME", help="merged: the untouched base, a folder, hub name or "
+        '"tiny"; by default the one that the adapters name')  # fmt: skip
     add("--dtype", default="auto", help="merged: float32, bfloat16, float16; auto (default) is "
         "the checkpoint's own, to which the sum is rounded")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="run code that comes with the base")

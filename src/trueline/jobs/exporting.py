@@ -19,7 +19,7 @@ from typing import Any
 from trueline.errors import ConfigError, ModelError
 from trueline.jobs.stack_cards import export_card
 from trueline.models.adapter import CONFIG, trained_on
-from trueline.models.checkpoint import load_as_saved, quiet, read_tokenizer
+from trueline.models.checkpoint import load_as_saved, quiet, read_tokenizer, skeleton
 from trueline.models.device import DTYPES, check_dtype
 from trueline.models.load import need
 from trueline.models.places import find_model
@@ -46,7 +46,7 @@ class ExportConfig:
     form: str = "lora"
     """"lora", one LoRA of the summed rank, or "merged", a whole model."""
     model: str | None = None
-    """The untouched base; None is the one that the adapters name."""
+    """Of a merged model: the untouched base; None is the one that the adapters name."""
     dtype: str = "auto"
     """Of a merged model: float32, bfloat16, float16; auto is the checkpoint's own."""
     trust_remote_code: bool = False
@@ -60,8 +60,8 @@ class ExportConfig:
         if self.form not in FORMS:
             raise ConfigError(f'`form` must be "lora" or "merged", got "{self.form}".')
         check_dtype(self.dtype)
-        if self.form == "lora" and self.dtype != "auto":
-            raise ConfigError("`dtype` goes with the form merged: a LoRA keeps its adapters' own.")
+        if self.form == "lora" and (self.model is not None or self.dtype != "auto"):
+            raise ConfigError("`--model` and `--dtype` go with the form merged.")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def export(
     base = config.model or trained_on(stack.adapters[-1].config)
     with whole_folder(target) as part:
         if config.form == "lora":
+            tokenizer = _check_base(config, base, stack)
             done = write_lora(stack, part)
-            tokenizer = _tokenizer(config, base)
         else:
             tell("loading the base", 1, 3)
             model, tokenizer = _base(config, base, stack, streams)
@@ -205,11 +205,20 @@ def _base(
     return model, loaded.tokenizer
 
 
-def _tokenizer(config: ExportConfig, name: str | None) -> Any:
-    """Return the base's tokenizer, None where it cannot be had: a LoRA works without."""
-    if name is None:
-        return None
+def _check_base(config: ExportConfig, name: str | None, stack: AdapterStack) -> Any:
+    """Return the base's tokenizer, having seen that the adapters fit; None where there is no base.
+
+    A LoRA can be written without its base, which may lie on another machine.
+    """
     try:
-        return read_tokenizer(find_model(name, trust_remote_code=config.trust_remote_code))
+        if name is None:
+            return None
+        place = find_model(name, trust_remote_code=config.trust_remote_code)
+        model = skeleton(place)
     except (ModelError, ConfigError):
+        return None
+    stack.fitting(model)
+    try:
+        return read_tokenizer(place)
+    except ModelError:
         return None

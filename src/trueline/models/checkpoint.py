@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from trueline.errors import ModelError, TruelineError
+from trueline.models.device import DTYPES
 from trueline.models.hub import Place, one_line
 
 HEADS = ("classifier", "score", "classification_head")
@@ -81,7 +82,23 @@ def read_weights(place: Place, config: Any, kind: str, **options: Any) -> Any:
         options: For its `from_pretrained`.
     """
     model, _ = _read(place, config, kind, (), options)
+    check_finite_weights(place.name, model)
     return model
+
+
+def check_finite_weights(name: str, model: Any) -> None:
+    """Raise `ModelError` if a weight is not finite: attention can swallow that without a trace."""
+    import torch
+
+    for key, weight in model.named_parameters():
+        if weight.dtype not in DTYPES.values() or weight.is_meta or not weight.numel():
+            continue
+        # NaN is the least and the greatest wherever there is one.
+        if not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise ModelError(
+                f'Cannot load "{name}": its weights hold numbers that are not finite (NaN or '
+                f'infinity) in "{key}". The checkpoint is damaged, or its training went wrong.'
+            )
 
 
 def load_as_saved(
@@ -104,11 +121,27 @@ def load_as_saved(
         setattr(config, key, value)
     new = HEADS if head else ()
     model, is_new = _read(place, config, name, new, {"dtype": dtype}, automatic=not own)
+    check_finite_weights(place.name, model)
     try:
         tokenizer = read_tokenizer(place)
     except ModelError:
         tokenizer = None
     return Loaded(model, tokenizer, is_new)
+
+
+def skeleton(place: Place) -> Any:
+    """Return the model without its weights: names and shapes alone, at no cost."""
+    import torch
+    import transformers
+
+    config = read_config(place)
+    name = (config.architectures or [""])[0]
+    known = getattr(transformers, name, None)
+    with torch.device("meta"), quiet(), reading(place.name):
+        if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
+            return known(config)
+        kind = transformers.AutoModelForCausalLM
+        return kind.from_config(config, trust_remote_code=place.trust_remote_code)
 
 
 def _read(

@@ -18,7 +18,7 @@ MAX_THREADS = 4096
 def check_dtype(dtype: str) -> None:
     """Raise `ConfigError` unless this is "auto" or a name in `DTYPES`."""
     if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f'Unknown dtype "{dtype}".{suggestion(dtype, ["auto", *DTYPES])}')
+        raise ConfigError(f'Unknown dtype "{dtype}".{suggestion(str(dtype), ["auto", *DTYPES])}')
 
 
 def find_device(device: str) -> torch.device:
@@ -34,7 +34,7 @@ def find_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]()))
     try:
-        target = torch.device(device)
+        target = torch.device(device) if isinstance(device, str) else None
     except RuntimeError:
         target = None
     if target is None or target.type not in available:

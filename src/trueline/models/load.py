@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -154,6 +155,9 @@ def load_model(
     >>> model = load_model("tiny")
     """
     check_dtype(dtype)
+    for option, value in {"name": name, "adapter": adapter, "chat_template": chat_template}.items():
+        if not isinstance(value, (str, Path)) and (value is not None or option == "name"):
+            raise ConfigError(f"The model's `{option}` must be a name or a path, got {value!r}.")
     if quantize not in (None, "4bit", "8bit"):
         raise ConfigError(f'`quantize` must be "4bit" or "8bit", got "{quantize}".')
     if device_map is not None and device != "auto":
@@ -220,9 +224,18 @@ def need(package: str, extra: str, option: str) -> None:
 def _read_template(chat_template: str | Path | None) -> str | None:
     if chat_template is None:
         return None
+    from jinja2 import Environment
+    from jinja2.exceptions import TemplateSyntaxError
+
     try:
-        return Path(chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+        )
+        return text
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"{chat_template}:{error.lineno}: no chat template: {error}.") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f'Cannot read chat template "{chat_template}": {error}.') from None
 
 

@@ -94,7 +94,10 @@ def encode(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
         raise DataError("The prompt is not text: it has half of a surrogate pair.") from None
     # Quiet about length: `Decoder.check_length` says it with the model's own limit.
     options = {"add_special_tokens": model.raw, "return_token_type_ids": False, "verbose": False}
-    return list(model.tokenizer(text, **options)["input_ids"])
+    ids = list(model.tokenizer(text, **options)["input_ids"])
+    if not ids and not model.raw:
+        raise DataError(f'The chat template of "{model.name}" makes no prompt of this chat.')
+    return ids
 
 
 def system_prefix(model: LanguageModel, messages: Sequence[Message]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ def read_lora(folder: str | Path) -> SavedLora:
     patterns = config.get("alpha_pattern") or {}
     modules = {}
     for module, pair in pairs.items():
+        _check_target(folder, module, config.get("target_modules"))
         if set(pair) != {"A", "B"} or any(t.dim() != 2 for t in pair.values()):
             raise ModelError(
                 f'Adapter "{folder}": module "{module}" has no two matrices. Train adapters on '
@@ -108,6 +110,19 @@ def read_lora(folder: str | Path) -> SavedLora:
     if not modules:
         raise ModelError(f'Adapter "{folder}" has no LoRA weights. Save it with save_pretrained.')
     return SavedLora(folder, config, modules, saved)
+
+
+def _check_target(folder: Path, module: str, targets: Any) -> None:
+    """Raise `ModelError` if the configuration does not put an adapter on a module of the file."""
+    if isinstance(targets, str):
+        meant = targets == "all-linear" or bool(re.fullmatch(targets, module))
+    else:
+        meant = targets is None or any(f".{module}".endswith(f".{t}") for t in targets)
+    if not meant:
+        raise ModelError(
+            f'Adapter "{folder}" holds weights for "{module}", which `target_modules` in {CONFIG} '
+            "does not name. The two files do not belong together."
+        )
 
 
 def _pairs(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -96,10 +96,7 @@ class AdapterStack:
             raise ModelError(
                 "A stack is already merged into this model. Load the base from its files again."
             )
-        parts = [(name, _linear(model, name)) for name in self.modules]
-        uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-        for name, module in parts:
-            _check_fit(name, module, self.of(name)[0], uses[id(module.weight)])
+        parts = self.fitting(model, merging=True)
         with torch.no_grad():
             for name, module in parts:
                 weight = module.weight
@@ -111,6 +108,19 @@ class AdapterStack:
         if self.adapters:
             model._merged_stack = self.file_hashes()  # type: ignore[assignment]
         return model
+
+    def fitting(self, model: nn.Module, *, merging: bool = False) -> list[tuple[str, Any]]:
+        """Return the adapters' modules in `model`; raises `ModelError` where one does not fit.
+
+        Those that are to be merged must share no weight and not be quantised.
+        """
+        parts = [(name, _linear(model, name)) for name in self.modules]
+        uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+        for name, module in parts:
+            _check_size(name, module, self.of(name)[0], model)
+            if merging:
+                _check_mergeable(name, module, uses[id(module.weight)])
+        return parts
 
     def _copy_saved(self, model: nn.Module) -> None:
         """Copy the parameters that adapters saved whole into the model."""
@@ -147,19 +157,24 @@ class AdapterStack:
         return peft
 
 
-def _check_fit(name: str, module: nn.Module, part: LowRank, uses: int) -> None:
-    """Raise `ModelError` unless the part can be added to the module's weight exactly."""
+def _check_size(name: str, module: nn.Module, part: LowRank, model: Any) -> None:
+    """Raise `ModelError` unless the part has the size of the module's weight."""
+    base = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    size, own = tuple(linear_weight(module).shape), (part.b.shape[0], part.a.shape[1])
+    if size != own:
+        raise ModelError(
+            f'Module "{name}" of "{base}" is {size[0]} x {size[1]}, the adapter\'s {own[0]} x '
+            f"{own[1]}. Give the adapter's own base model."
+        )
+
+
+def _check_mergeable(name: str, module: nn.Module, uses: int) -> None:
+    """Raise `ModelError` unless something can be added to the module's weight alone, exactly."""
     weight: Any = module.weight
     if not weight.is_floating_point() or type(weight).__name__ == "Params4bit":
         raise ModelError(
             f'Module "{name}" is quantised, and adapters cannot be merged into it exactly. '
             "Load the base without quantisation."
-        )
-    size, own = tuple(linear_weight(module).shape), (part.b.shape[0], part.a.shape[1])
-    if size != own:
-        raise ModelError(
-            f'Module "{name}" is {size[0]} x {size[1]}, the adapter\'s {own[0]} x {own[1]}. '
-            "Give the adapter's own base model."
         )
     if uses > 1:
         raise ModelError(
