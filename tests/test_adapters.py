@@ -295,11 +295,11 @@ def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path):
     save_file(wide, big / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="is 32 x 48, that of an earlier adapter 32 x 32"):
         AdapterStack.load([llama, big])
-    with pytest.raises(ModelError, match='no module "model.layers.0.self_attn.q_proj"'):
+    with pytest.raises(ModelError, match='changes "model.layers.0.self_attn.q_proj", which the model does'):
         AdapterStack.load([llama]).merge(make("gpt2"))
     wide_model = make("llama")
     wide_model.model.layers[0].self_attn.q_proj = torch.nn.Linear(48, 32)
-    with pytest.raises(ModelError, match="is 32 x 48, the adapter's 32 x 32"):
+    with pytest.raises(ModelError, match="is 32 x 32, that of .* 32 x 48"):
         AdapterStack.load([llama]).merge(wide_model)
     head = trained("bert", tmp_path / "3", 0, modules_to_save=["classifier"])
     model = make("bert")

@@ -114,13 +114,17 @@ class AdapterStack:
 
         Those that are to be merged must share no weight and not be quantised.
         """
-        parts = [(name, _linear(model, name)) for name in self.modules]
+        parts = [(name, _linear(model, name, self._owner(name))) for name in self.modules]
         uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         for name, module in parts:
-            _check_size(name, module, self.of(name)[0], model)
+            _check_size(name, module, self._owner(name), model)
             if merging:
                 _check_mergeable(name, module, uses[id(module.weight)])
         return parts
+
+    def _owner(self, module: str) -> SavedLora:
+        """Return the oldest adapter that has the module."""
+        return next(a for a in self.adapters if module in a.modules)
 
     def _copy_saved(self, model: nn.Module) -> None:
         """Copy the parameters that adapters saved whole into the model."""
@@ -157,14 +161,15 @@ class AdapterStack:
         return peft
 
 
-def _check_size(name: str, module: nn.Module, part: LowRank, model: Any) -> None:
-    """Raise `ModelError` unless the part has the size of the module's weight."""
+def _check_size(name: str, module: nn.Module, adapter: SavedLora, model: Any) -> None:
+    """Raise `ModelError` unless the adapter's part has the size of the module's weight."""
+    part = adapter.modules[name]
     base = getattr(model.config, "_name_or_path", "") or type(model).__name__
     size, own = tuple(linear_weight(module).shape), (part.b.shape[0], part.a.shape[1])
     if size != own:
         raise ModelError(
-            f'Module "{name}" of "{base}" is {size[0]} x {size[1]}, the adapter\'s {own[0]} x '
-            f"{own[1]}. Give the adapter's own base model."
+            f'Adapter "{adapter.folder}": module "{name}" is {own[0]} x {own[1]}, that of "{base}" '
+            f"{size[0]} x {size[1]}. Give the adapter's own base model."
         )
 
 
@@ -214,18 +219,19 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     return folder
 
 
-def _linear(model: nn.Module, name: str) -> Any:
-    """Return the linear module of this name."""
+def _linear(model: nn.Module, name: str, adapter: SavedLora) -> Any:
+    """Return the linear module of this name, which an adapter changes."""
     try:
         module: Any = model.get_submodule(name)
     except AttributeError:
         raise ModelError(
-            f'The model has no module "{name}", which an adapter changes. Give its own base model.'
+            f'Adapter "{adapter.folder}" changes "{name}", which the model does not have. Give the '
+            "adapter's own base model."
         ) from None
     if not isinstance(module, torch.nn.Linear) and not is_conv1d(module):
         raise ModelError(
-            f'Module "{name}" is a {type(module).__name__}; adapters can be merged into linear '
-            "modules only."
+            f'Adapter "{adapter.folder}" changes "{name}", a {type(module).__name__}; adapters can '
+            "be merged into linear modules only."
         )
     return module
 
