@@ -295,7 +295,9 @@ def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path):
     save_file(wide, big / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="is 32 x 48, that of an earlier adapter 32 x 32"):
         AdapterStack.load([llama, big])
-    with pytest.raises(ModelError, match='changes "model.layers.0.self_attn.q_proj", which the model does'):
+    with pytest.raises(
+        ModelError, match='changes "model.layers.0.self_attn.q_proj", which the model does'
+    ):
         AdapterStack.load([llama]).merge(make("gpt2"))
     wide_model = make("llama")
     wide_model.model.layers[0].self_attn.q_proj = torch.nn.Linear(48, 32)
