@@ -27,9 +27,9 @@ from trueline import (
 )
 from trueline.cli import main
 from trueline.cli.compare import columns, layout
-from trueline.cli.rows import common_prefixes, settle
 from trueline.engine.cache import PrefixStore
 from trueline.engine.decoding import Decoder, Prompt
+from trueline.jobs.batches import common_prefixes, settle
 from trueline.methods.self_cd import SAFETY_PROMPT
 
 QUESTION = "What is the capital of France?"

@@ -33,6 +33,10 @@ class TruelineError(Exception):
         shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
         return "".join(shown)
 
+    def lines(self) -> list[str]:
+        """Return what to print: one line, more where several things are wrong at once."""
+        return [str(self)]
+
 
 class ConfigError(TruelineError, ValueError):
     """An option is unknown, misspelt or out of range."""

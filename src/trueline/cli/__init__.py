@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.argv = words
         return int(args.run(args) or 0)
     except TruelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in error.lines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trueline.cli.cards import finish, note
 from trueline.cli.train import add_setting, read_layers, show
 from trueline.errors import ConfigError, DataError, ModelError, check_number
+from trueline.records.prompt_rows import BadRowsError
 from trueline.records.run_folder import CHECKPOINTS
 from trueline.train.base import (
     FIXED,
@@ -112,9 +113,7 @@ def run(args: argparse.Namespace) -> int | None:
     found: dict[str, Any] = {name: value for values, _ in layers for name, value in values.items()}
     rows, bad, data = read_rows(found.get("prompts"), found.get("limit"))
     if bad:
-        from trueline.cli.rows import report
-
-        return report(bad, str(found["prompts"]))
+        raise BadRowsError(str(found["prompts"]), bad)
     from trueline.train.progress import quiet
 
     with quiet():

@@ -15,8 +15,10 @@ from trueline.cli.options import (
     add_sampling_options,
     add_system_option,
     check_system,
+    given,
     load,
     method_and_sampling,
+    model_config,
 )
 from trueline.errors import ConfigError, DataError
 from trueline.methods import describe_method
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    """Answer the question, or hand a file over to `trueline.cli.rows`."""
+    """Answer the question, or a file of them."""
     check_seed(args.seed)
     check_system(args.system)
     if args.input is not None:
@@ -65,9 +67,7 @@ def run(args: argparse.Namespace) -> int | None:
             raise ConfigError("Give a question or `--input`, not both.")
         if args.compare:
             raise ConfigError("`--compare` takes one question, not `--input`.")
-        from trueline.cli.rows import run_file
-
-        return run_file(args)
+        return answer_file(args)
     for name in ("output", "skip_bad", "overwrite"):
         if getattr(args, name):
             raise ConfigError(f"`--{name.replace('_', '-')}` goes with `--input FILE`.")
@@ -75,6 +75,60 @@ def run(args: argparse.Namespace) -> int | None:
         raise ConfigError("`--compare` shows one answer each. Leave out `--n`.")
     answer(args)
     return None
+
+
+def answer_file(args: argparse.Namespace) -> int:
+    """Answer a file of prompts, and say what was done."""
+    from trueline.cli.bars import bar
+    from trueline.jobs.prompt_files import PromptFileConfig, generate_file
+
+    if args.output is None:
+        raise ConfigError("`--input` needs `--output FILE`, where the completions go.")
+    options = given(args)
+    config = PromptFileConfig(
+        args.input,
+        options.pop("method", None),
+        options,
+        model_config(args),
+        args.system,
+        args.seed,
+        args.batch_size,
+        args.skip_bad,
+    )
+    rows = 0
+
+    try:
+        with bar("row") as show:
+
+            def count(what: str, done: int, total: int) -> None:
+                nonlocal rows
+                rows = total
+                show(what, done, total)
+
+            done = generate_file(config, args.output, overwrite=args.overwrite, progress=count)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        text = f"interrupted: {lines_in(args.output)} of {rows} rows are in {args.output}; "
+        print(f"{text}the same command goes on from there.", file=sys.stderr)
+        return 130
+    if done.rows:
+        rate = f"{done.tokens_per_second:,.0f} tokens/s"
+        text = f"{done.rows} rows, {done.tokens:,} tokens in {done.seconds:.1f} s, {rate}"
+        text = f"{text} -> {args.output}"
+    else:
+        text = f"All {done.total} rows are in {args.output} already; nothing to do."
+    skipped = f" ({done.bad} bad rows in {args.output}.bad.jsonl)" if done.bad else ""
+    print(text + skipped, file=sys.stderr)
+    if args.json:
+        print(json.dumps(done.as_dict(), ensure_ascii=False))
+    return 0
+
+
+def lines_in(path: str) -> int:
+    """Return how many whole lines a file has."""
+    with open(path, "rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
 
 
 def answer(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ WRITTEN = (
     *("logprobs", "branch_logprobs"),
 )
 """Fields that a run adds to its rows; a row that brings one of its own is refused."""
+SHOWN = 20
+"""Bad rows are listed up to this many, then counted."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,22 @@ class BadRow:
     error: str
     row: Any
     """The parsed row, or the line's text where it could not be parsed."""
+
+
+class BadRowsError(DataError):
+    """Rows of a file cannot be used: `rows` has them all, `lines` as many as `SHOWN`."""
+
+    def __init__(self, path: str, rows: Sequence[BadRow]) -> None:
+        self.path, self.rows = path, rows
+        more = f" (and {len(rows) - 1} more bad rows)" if len(rows) > 1 else ""
+        super().__init__(f"{path}:{rows[0].line}: {rows[0].error}{more}")
+
+    def lines(self) -> list[str]:
+        """Return a line for each row, up to `SHOWN`, and how many more there are."""
+        found = [str(DataError(f"{self.path}:{r.line}: {r.error}")) for r in self.rows[:SHOWN]]
+        if (more := len(self.rows) - SHOWN) > 0:
+            found.append(f"and {more} more bad rows. --skip-bad runs the others.")
+        return found
 
 
 @dataclass(frozen=True)
