@@ -211,3 +211,13 @@ def test_the_real_sets(shared):
     assert 2280 < len(pairs) <= 2312
     assert all(p.messages[-1]["role"] == "user" for p in pairs)
     assert all("\n\nHuman:" not in m["content"] for p in pairs for m in p.messages)
+
+
+def test_an_empty_system_text_is_a_message_of_its_own(tmp_path):
+    path = write(
+        tmp_path / "p.jsonl", [{"prompt": "Why?"}, {"prompt": "How?", "system": "Be kind."}]
+    )
+    first, second = load_prompts(path, system="")
+    assert first.context == ({"role": "system", "content": ""},)
+    assert second.context == ({"role": "system", "content": "Be kind."},)
+    assert load_prompts(path)[0].context == ()

@@ -101,7 +101,8 @@ def _add_data_options(parser: argparse.ArgumentParser, name: str) -> None:
     if name != "preference":
         add("--safe", metavar="FILE", help="prompts that should be answered (bundled ones)")
         add("--unsafe", metavar="FILE", help="prompts that should be refused (bundled ones)")
-    add("--system", metavar="TEXT", help="system text of prompts that have none of their own")
+    add("--system", metavar="TEXT", help='system text of prompts that have none of their own; "" '
+        "is an empty one, with which templates leave out theirs")  # fmt: skip
     add("--floor", type=float, default=0.97, metavar="X",
         help="harmful refusals that the recommended setting must keep (0.97)"
         if name != "preference" else argparse.SUPPRESS)  # fmt: skip

@@ -280,7 +280,7 @@ def _with_system(
     if own and own.strip() and there:
         raise DataError(f'{place}: has "system" and a system message. Keep one.')
     text = own if own and own.strip() else None if there else system
-    return [*([{"role": "system", "content": text}] if text else []), *messages]  # type: ignore[list-item]
+    return [*([] if text is None else [{"role": "system", "content": text}]), *messages]  # type: ignore[list-item]
 
 
 def _listed(row: Any, number: int) -> dict[str, Any]:

@@ -54,7 +54,9 @@ def told(row: Any) -> dict[str, Any]:
     """Return what tells an item or a question from others, for the hash of the data."""
     fields = dataclasses.asdict(row)
     # Rows without them keep the hash that they had before there were such fields.
-    return {k: v for k, v in fields.items() if v or k not in ("context", "system")}
+    return {
+        k: v for k, v in fields.items() if v not in (None, ()) or k not in ("context", "system")
+    }
 
 
 def spread(rows: Sequence[T], groups: Sequence[Any], limit: int | None, seed: int = 0) -> list[T]:
@@ -191,7 +193,7 @@ def personal_items(questions: Sequence[PersonalQuestion]) -> list[Item]:
 
 
 def _system(text: str | None) -> tuple[Message, ...]:
-    return ({"role": "system", "content": text},) if text else ()
+    return () if text is None else ({"role": "system", "content": text},)
 
 
 def _text(row: PromptItem, name: str) -> str | None:

@@ -54,7 +54,7 @@ def personal_prompt(question: PersonalQuestion) -> str:
 def personal_chat(question: PersonalQuestion) -> list[Message]:
     """Return the question as a chat, behind its system text if it has one."""
     chat: list[Message] = [{"role": "user", "content": personal_prompt(question)}]
-    if question.system:
+    if question.system is not None:
         chat.insert(0, {"role": "system", "content": question.system})
     return chat
 

@@ -146,8 +146,10 @@ class MeasureConfig:
             raise ConfigError(
                 "A measurement takes one completion a prompt: no `--n`, no `--logprobs`."
             )
-        if self.system is not None and not (isinstance(self.system, str) and self.system.strip()):
-            raise ConfigError(f"`system` must be some text, got {self.system!r}.")
+        if self.system is not None and (
+            not isinstance(self.system, str) or (self.system and not self.system.strip())
+        ):
+            raise ConfigError(f'`system` must be some text, or "" for none, got {self.system!r}.')
 
     def _check_data(self) -> None:
         own = DATA[str(self.metric)]
