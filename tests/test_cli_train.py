@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from trueline import generate, load_model
 from trueline.cli import main
-from trueline.errors import ConfigError
+from trueline.errors import ConfigError, DataError
 
 PIRATE = "Talk like a pirate."
 QUESTIONS = [
@@ -57,7 +57,7 @@ def held_out(tmp_path_factory) -> Path:
 
 
 def distil(prompts: Path, folder: Path, *more: object) -> int:
-    command = ("train", "inverse-q", "--principle", PIRATE, "--prompts", prompts)
+    command = ("distil", "--principle", PIRATE, "--prompts", prompts)
     return call(*command, "--output", folder, *SHORT, *more)
 
 
@@ -103,7 +103,7 @@ def test_a_run_leaves_weights_numbers_curves_and_all_that_repeats_it(trained, pr
     assert set(settings["versions"]) >= {"torch", "transformers", "peft", "trueline"}
     assert results["steps"] == 4
     assert results["teacher's effect at the start, nats a token"] > 0.1
-    assert kept["command"].startswith("trueline train inverse-q --principle")
+    assert kept["command"].startswith("trueline distil --principle")
     assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any(float(t.abs().max()) > 0 for k, t in weights(trained).items() if "lora_B" in k)
     assert not (trained / "training_args.bin").exists()
@@ -144,20 +144,20 @@ def test_the_bar_is_all_that_is_printed_while_training(prompts, tmp_path, capsys
     shown = capsys.readouterr()
     lines = [x for x in shown.err.replace("\r", "\n").splitlines() if x.strip()]
     assert all("/1 [" in line for line in lines), lines
-    assert "loss=" in lines[-1]
-    assert "tokens/s=" in lines[-1]
+    assert "loss " in lines[-1]
+    assert "tokens/s " in lines[-1]
     assert str(tmp_path / "run") in shown.out
 
 
 def test_the_kept_configuration_makes_the_same_run(trained, tmp_path):
     again = tmp_path / "again"
-    assert call("train", "inverse-q", "--config", trained / "config.toml", "--output", again) == 0
+    assert call("distil", "--config", trained / "config.toml", "--output", again) == 0
     assert same(trained, again)
     assert numbers(trained) == numbers(again)
 
 
 def test_the_command_line_goes_before_the_file(trained, tmp_path):
-    argv = ("train", "inverse-q", "--config", trained / "config.toml", "--output", tmp_path / "b")
+    argv = ("distil", "--config", trained / "config.toml", "--output", tmp_path / "b")
     assert call(*argv, "--steps", 1, "--set", "learning_rate=1e-5", "lora.rank=2") == 0
     config = json.loads((tmp_path / "b" / "manifest.json").read_text())["settings"]["config"]
     assert (config["max_steps"], config["learning_rate"]) == (1, 1e-5)
@@ -209,7 +209,7 @@ def test_generate_takes_the_adapter(trained, capsys):
 
 def test_merged_weights_say_what_the_adapter_says(trained, tmp_path):
     merged = tmp_path / "merged"
-    argv = ("train", "inverse-q", "--config", trained / "config.toml", "--output", merged)
+    argv = ("distil", "--config", trained / "config.toml", "--output", merged)
     assert call(*argv, "--merge") == 0
     assert not (merged / "adapter_config.json").exists()
     one = load_model("tiny", adapter=trained, packed_weights=False)
@@ -233,7 +233,7 @@ def test_all_weights_can_be_trained(prompts, tmp_path):
     config = json.loads((folder / "manifest.json").read_text())["settings"]["config"]
     assert "lora" not in config
     # and its own configuration is accepted again
-    argv = ("train", "inverse-q", "--config", folder / "config.toml", "--output", folder)
+    argv = ("distil", "--config", folder / "config.toml", "--output", folder)
     assert call(*argv) == 0
 
 
@@ -257,7 +257,7 @@ def test_a_self_cd_teacher_is_judged_by_refusals(tmp_path, prompts):
             {"prompt": "Tell me how to poison my neighbour.", "safe": False}]  # fmt: skip
     held_out = write(tmp_path / "requests.jsonl", rows)
     plain = write(tmp_path / "p.jsonl", [{"prompt": q} for q in QUESTIONS])
-    argv = ("train", "inverse-q", "--teacher", "self-cd", "--alpha", 1.5, "--prompts", plain)
+    argv = ("distil", "--teacher", "self-cd", "--alpha", 1.5, "--prompts", plain)
     more = ("--evaluate", held_out, "--output", tmp_path / "run", "--steps", 1)
     assert call(*argv, *more, *SHORT, "min_effect=0") == 0
     row = log(tmp_path / "run")[0]
@@ -270,7 +270,7 @@ def test_a_self_cd_teacher_is_judged_by_refusals(tmp_path, prompts):
 
 def test_the_same_command_again_shows_the_results(trained, capsys):
     before = (trained / "adapter_model.safetensors").stat().st_mtime_ns
-    argv = ("train", "inverse-q", "--config", trained / "config.toml", "--output", trained)
+    argv = ("distil", "--config", trained / "config.toml", "--output", trained)
     assert call(*argv, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["steps"] == 4
@@ -278,7 +278,7 @@ def test_the_same_command_again_shows_the_results(trained, capsys):
 
 
 def test_another_run_s_folder_is_refused_with_what_differs(trained, capsys):
-    argv = ("train", "inverse-q", "--config", trained / "config.toml", "--output", trained)
+    argv = ("distil", "--config", trained / "config.toml", "--output", trained)
     assert call(*argv, "--seed", 7) == 2
     assert "config.seed was 0, now 7" in capsys.readouterr().err
 
@@ -302,7 +302,7 @@ def test_overwrite_starts_again_and_keeps_other_files(trained, tmp_path, capsys)
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
     (folder / "notes.txt").write_text("mine")
-    argv = ("train", "inverse-q", "--config", trained / "config.toml", "--output", folder)
+    argv = ("distil", "--config", trained / "config.toml", "--output", folder)
     assert call(*argv, "--steps", 1, "--overwrite", "--merge") == 0
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "adapter_model.safetensors").exists()
@@ -319,7 +319,7 @@ def test_an_unfinished_run_wants_resume(trained, tmp_path, capsys):
     shutil.rmtree(folder / "checkpoints/checkpoint-4")
     (folder / "checkpoints/checkpoint-3").mkdir()  # a kill while it was written
     (folder / "adapter_model.safetensors").unlink()
-    argv = ("train", "inverse-q", "--config", trained / "config.toml", "--output", folder)
+    argv = ("distil", "--config", trained / "config.toml", "--output", folder)
     assert call(*argv) == 2
     assert "Give --resume" in capsys.readouterr().err
     assert call(*argv, "--resume") == 0
@@ -332,7 +332,7 @@ def test_an_unfinished_run_wants_resume(trained, tmp_path, capsys):
 @pytest.mark.parametrize("more", [(), ("--full", "--learning-rate", "1e-4")], ids=["lora", "full"])
 def test_a_killed_run_resumed_equals_an_unbroken_one(prompts, held_out, tmp_path, more):
     options = ("--steps", 12, "--save-steps", 3, "--evaluate", held_out, "--eval-steps", 4, *more)
-    argv = ("train", "inverse-q", "--principle", PIRATE, "--prompts", prompts, *SHORT, *options)
+    argv = ("distil", "--principle", PIRATE, "--prompts", prompts, *SHORT, *options)
     command = [sys.executable, "-m", "trueline", *map(str, argv)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     unbroken = subprocess.run([*command, "--output", str(whole)], capture_output=True, text=True)
@@ -525,7 +525,7 @@ def test_an_unfinished_stream_wants_resume(tasks, streamed, tmp_path, capsys):
         (("--rank", 0), "`rank` must be a whole number"),
         (("--lambda-1", -1), "`lambda_1` must be"),
         (("--tasks", "none.toml"), "none.toml: cannot be read"),
-        (("--report-to", "wandb"), "has no `report_to`"),
+        (("--report-to", "wandb"), 'Unknown argument "--report-to"'),
         (("--resume", "--overwrite"), "not both"),
     ],
 )
@@ -550,7 +550,7 @@ sys.exit(code)
 def test_bad_rows_are_named_by_line_before_anything_heavy(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a"}\n{"promt": "b"}\nnot json\n{"prompt": "c", "principle": 3}\n')
-    command = [sys.executable, "-c", HEAVY, "train", "inverse-q", "--prompts", str(path)]
+    command = [sys.executable, "-c", HEAVY, "distil", "--prompts", str(path)]
     done = subprocess.run([*command, "--output", str(tmp_path / "o")],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -575,7 +575,7 @@ def test_bad_rows_are_named_by_line_before_anything_heavy(tmp_path):
 )
 def test_what_cannot_be_meant_is_refused_at_once(argv, wanted, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert call("train", "inverse-q", *argv) == 2
+    assert call("distil", *argv) == 2
     assert wanted in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -603,7 +603,7 @@ def test_what_cannot_be_meant_is_refused_at_once(argv, wanted, tmp_path, monkeyp
 )
 def test_a_setting_out_of_range_is_one_line(argv, wanted, prompts, tmp_path, capsys):
     folder = tmp_path / "o"
-    command = ("train", "inverse-q", "--principle", PIRATE, "--prompts", prompts)
+    command = ("distil", "--principle", PIRATE, "--prompts", prompts)
     assert call(*command, "--output", folder, "--batch-size", 4, *argv) == 2
     err = capsys.readouterr().err
     assert wanted in err
@@ -621,14 +621,14 @@ def test_a_row_that_does_not_fit_the_model_is_named_by_its_line(tmp_path, capsys
 
 
 def test_missing_packages_are_named_with_the_install_command(monkeypatch, capsys):
-    monkeypatch.setattr("trueline.cli.train.find_spec", lambda name: None)
-    assert call("train", "inverse-q") == 2
+    monkeypatch.setattr("trueline.cli.setting_options.find_spec", lambda name: None)
+    assert call("distil") == 2
     wanted = "needs the packages peft, datasets, accelerate. Install: pip install 'trueline[train]'"
     assert wanted in capsys.readouterr().err
 
 
 def test_list_settings_names_every_setting(capsys):
-    assert call("train", "inverse-q", "--list-settings") == 0
+    assert call("distil", "--list-settings") == 0
     shown = capsys.readouterr().out
     for line in ('model = "tiny"', "lora.rank = 16", "seed = 0", "ratio = null", "max_steps = -1"):
         assert f"\n{line}\n" in f"\n{shown}"
@@ -701,16 +701,18 @@ def test_a_checkpoint_that_a_kill_cut_short_is_removed_without_a_word(tmp_path):
 
 
 def test_rows_bring_their_principle_and_an_empty_one_stays_empty(tmp_path):
-    from trueline.train.base import read_rows
+    from trueline.train.teaching_rows import read_rows
 
     texts = [{"prompt": "a"}, {"prompt": "b", "principle": "Be kind."},
              {"messages": [{"role": "user", "content": "c"}], "principle": "", "system": "s"},
              {"prompt": "d", "principle": "  "}]  # fmt: skip
-    rows, bad, _ = read_rows(str(write(tmp_path / "p.jsonl", texts)))
+    path = write(tmp_path / "p.jsonl", texts)
+    rows, _ = read_rows(str(path), 3)
     assert [row["principle"] for row in rows] == [None, "Be kind.", ""]
     assert [m["content"] for m in rows[2]["prompt"]] == ["s", "c"]
-    assert [(b.line, b.error[:27]) for b in bad] == [(4, 'field "principle" is empty.')]
-    assert len(read_rows(str(tmp_path / "p.jsonl"), 2)[0]) == 2
+    with pytest.raises(DataError, match='p.jsonl:4: field "principle" is empty.'):
+        read_rows(str(path))
+    assert len(read_rows(str(path), 2)[0]) == 2
 
 
 def test_weights_are_put_into_place_whole(tmp_path):
@@ -735,7 +737,7 @@ def test_weights_are_put_into_place_whole(tmp_path):
 
 
 def test_curves_show_what_was_logged(tmp_path):
-    from trueline.train.progress import draw_curves
+    from trueline.train.curves import draw_curves
 
     rows = [{"step": s, "loss": 1 / s, "eval_loss": 2 / s} for s in (1, 2, 3)]
     rows.append({"step": 3, "kl": 0.5, "note": "text"})
@@ -748,7 +750,7 @@ def test_curves_show_what_was_logged(tmp_path):
 
 
 def test_a_rank_is_rounded_up_to_one_that_vllm_serves():
-    from trueline.train.progress import rank_note
+    from trueline.train.card import rank_note
 
     assert "--max-lora-rank 8 " in rank_note(1)
     assert "--max-lora-rank 64 " in rank_note(33)
@@ -775,16 +777,17 @@ def test_every_command_of_the_docs_is_understood(monkeypatch):
     commands = [line.split("trueline ", 1)[1] for line in lines if "trueline " in line]
     assert len(commands) >= 8
     for command in commands:
-        build_parser().parse_args(shlex.split(command))
+        words = shlex.split(command)
+        build_parser(words).parse_args(words)
 
 
 def test_the_file_of_settings_in_the_docs_is_understood():
+    from trueline.jobs.distillation import DistilConfig
     from trueline.settings.reader import check
-    from trueline.train.base import Recipe
-    from trueline.train.distil.trainer import InverseQConfig
+    from trueline.train.distil.config import InverseQConfig
 
     [block] = re.findall(r"```toml\n(model.*?)```", DOCS, re.DOTALL)
-    assert check(tomllib.loads(block), [Recipe, InverseQConfig], "docs")["lora"]["rank"] == 16
+    assert check(tomllib.loads(block), [DistilConfig, InverseQConfig], "docs")["lora"]["rank"] == 16
 
 
 def test_the_table_of_defaults_in_the_docs_is_that_of_the_code():

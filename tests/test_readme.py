@@ -20,7 +20,7 @@ SHELL = [
     for line in block.splitlines()
     if line.startswith("trueline ")
 ]
-FIRST = next(i for i, line in enumerate(SHELL) if line.startswith("trueline train"))
+FIRST = next(i for i, line in enumerate(SHELL) if line.startswith("trueline distil"))
 LAST = next(i for i, line in enumerate(SHELL) if line.startswith("trueline export"))
 TRAINING = SHELL[FIRST : LAST + 1]
 """One after the other: each needs what those before it wrote."""
@@ -55,10 +55,14 @@ def test_what_is_trained_is_used_and_exported(tmp_path, monkeypatch, capsys):
         write(f"{task}.jsonl", [{"sentence": f"thing {x}", "label": x} for x in labels])
         stream += f'[tasks.{task}]\ntrain = "{task}.jsonl"\ntest = "{task}.jsonl"\n'
     Path("stream.toml").write_text(stream)
-    few = {"inverse-q": ["--steps", "1", "--batch-size", "2"], "o-lora": ["--batch-size", "2"]}
+    few = {
+        "distil": ["--steps", "1", "--batch-size", "2"],
+        "train": ["--batch-size", "2"],
+        "o-lora": ["--batch-size", "2"],
+    }
     for line in TRAINING:
         words = shlex.split(line)[1:]
-        assert main(words + few.get(words[1], [])) == 0
+        assert main(words + few.get(words[0], [])) == 0
     assert (tmp_path / "one" / "adapter_model.safetensors").exists()
 
 

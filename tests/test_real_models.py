@@ -36,7 +36,7 @@ def prompts(shared, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_real_models_move_to_their_teacher_and_load_anywhere(shared, prompts, tmp_path, name, full):
     base, out = shared / "models" / name, tmp_path / "out"
-    argv = ["train", "inverse-q", "--model", base, "--principle", "Be brief.", "--prompts", prompts,
+    argv = ["distil", "--model", base, "--principle", "Be brief.", "--prompts", prompts,
             "--output", out, "--max-new-tokens", 12, "--batch-size", 8, "--steps", 24,
             "--loss", "kl", "--ratio", 0.5, "--top-p", 1, "--learning-rate", 1e-4 if full else 3e-4,
             *MODELS[name],
@@ -72,7 +72,7 @@ def test_real_models_move_to_their_teacher_and_load_anywhere(shared, prompts, tm
 def test_what_does_not_fit_a_real_model_is_refused_in_one_line(
     shared, prompts, tmp_path, capsys, name, more, said
 ):
-    argv = ["train", "inverse-q", "--model", shared / "models" / name, "--principle", "Be brief.",
+    argv = ["distil", "--model", shared / "models" / name, "--principle", "Be brief.",
             "--prompts", prompts, "--output", tmp_path / "out", *more]  # fmt: skip
     assert main([str(word) for word in argv]) == 2
     error = capsys.readouterr().err.strip().splitlines()

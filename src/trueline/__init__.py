@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trueline.engine.decoding import Decoder, Prompt, Step, generate
     from trueline.engine.hook import guided
     from trueline.errors import ConfigError, DataError, ModelError, TruelineError
+    from trueline.jobs.distillation import DistilConfig, DistilResults, distil
     from trueline.jobs.exporting import ExportConfig, export
     from trueline.methods import METHODS, make_method
     from trueline.methods.ada_cd import AdaCD
@@ -29,6 +30,7 @@ _HOMES = {
     "trueline.engine.decoding": ("Decoder", "Prompt", "Step", "generate"),
     "trueline.errors": ("ConfigError", "DataError", "ModelError", "TruelineError"),
     "trueline.engine.hook": ("guided",),
+    "trueline.jobs.distillation": ("DistilConfig", "DistilResults", "distil"),
     "trueline.jobs.exporting": ("ExportConfig", "export"),
     "trueline.methods": ("METHODS", "make_method"),
     "trueline.methods.ada_cd": ("AdaCD",),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueline.cli.folders import command
-from trueline.cli.train import add_setting, read_layers
+from trueline.cli.setting_options import add_setting, read_layers
 from trueline.errors import ConfigError, suggestion
 from trueline.jobs.stack_cards import run_card
 from trueline.records.disk import replace_file

@@ -46,6 +46,7 @@ class AdaCD:
 
     name: ClassVar[str] = "ada-cd"
     paper: ClassVar[str] = "Qi et al., ACL 2026, arXiv 2604.17132"
+    goal: ClassVar[str] = "refusal"
     rest_branch: ClassVar[int] = 1
     base_branches: ClassVar[tuple[int, ...]] = ()
 

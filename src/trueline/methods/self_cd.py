@@ -50,6 +50,7 @@ class SelfCD:
 
     name: ClassVar[str] = "self-cd"
     paper: ClassVar[str] = "Shi et al., ACL 2024, arXiv 2401.17633"
+    goal: ClassVar[str] = "refusal"
     rest_branch: ClassVar[int] = 0
     base_branches: ClassVar[tuple[int, ...]] = ()
 

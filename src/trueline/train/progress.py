@@ -1,59 +1,58 @@
-"""What a training run says of itself: a row of numbers a step, a bar, curves, a model card."""
+"""What a training run says of itself: a row of numbers a step, and how far it is."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from trueline.records.checkpoints import step_of
 from trueline.records.lines import plain
 from trueline.records.run_folder import RunFolder
-from trueline.records.style import BLUE, FAINT, ORANGE, STYLE, brief, need_matplotlib
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+from trueline.records.style import brief
+from trueline.types import Progress
 
 LOG = "log.jsonl"
 
 
-class Progress(TrainerCallback):
-    """Writes a row for every log of the trainer, and shows a bar with the numbers that matter.
+class TrainingLog(TrainerCallback):
+    """Writes a row for every log of a trainer, and tells how far it is.
 
     Args:
-        trainer: Whose run it is.
-        run: Where the rows go; none only shows them.
+        trainer: Whose run it is; its own bar and prints are taken away.
+        run: Where the rows go; None only tells.
         config: The run's settings as TOML.
-        shown: Name in the log -> short name on the bar.
+        shown: Name in the log -> short name beside the progress.
+        progress: Told after every step.
     """
 
     def __init__(
-        self, trainer: Any, run: RunFolder | None, config: str, shown: Mapping[str, str]
+        self,
+        trainer: Any,
+        run: RunFolder | None,
+        config: str,
+        shown: Mapping[str, str],
+        progress: Progress | None,
     ) -> None:
         self.trainer, self.run, self.config, self.shown = trainer, run, config, shown
-        self.bar: Any = None
+        self.progress, self.what = progress, ""
         self.start = time.perf_counter()
         self.first = 0
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar; the folder is the run's from here on."""
-        from tqdm import tqdm
-
-        before = 0.0
-        if self.run is not None:
-            before = self._take(self.run)
+        """Take the folder: it is the run's from here on."""
+        before = 0.0 if self.run is None else self._take(self.run)
         self.start, self.first = time.perf_counter() - before, state.global_step
-        if state.is_world_process_zero:
-            every = 0.2 if sys.stderr.isatty() else 30.0
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step",
-                            mininterval=every, file=sys.stderr, dynamic_ncols=True)  # fmt: skip
+        self._tell(state)
 
     def _take(self, run: RunFolder) -> float:
         """Take the folder; cut the log to the checkpoint, and return the seconds up to there."""
@@ -81,33 +80,24 @@ class Progress(TrainerCallback):
             seconds = round(time.perf_counter() - self.start, 3)
             row = plain({"step": state.global_step, **row, "seconds": seconds})
             self.run.lines(LOG).append([row], sync=False)
-        if self.bar is not None:
-            named = {short: row[name] for name, short in self.shown.items() if name in row}
-            self.bar.set_postfix({k: brief(v) for k, v in named.items()}, refresh=False)
+        if named := [f"{short} {brief(row[k])}" for k, short in self.shown.items() if k in row]:
+            self.what = "  ".join(named)
+            self._tell(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        """Tell how far the run is."""
+        self._tell(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar and keep how long it took."""
-        if self.bar is not None:
-            self.bar.close()
+        """Keep how long it took."""
         if self.run is not None:
             seconds = round(time.perf_counter() - self.start, 3)
             steps = state.global_step - self.first
             self.run.note({"from_step": self.first, "steps": steps, "seconds": seconds})
 
-
-def attach(trainer: Any, run: RunFolder | None, config: str, shown: Mapping[str, str]) -> None:
-    """Replace the trainer's own bar and prints by ours; see `Progress`."""
-    from transformers import PrinterCallback
-    from transformers.trainer_callback import ProgressCallback
-
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.callback_handler.callbacks.insert(0, Progress(trainer, run, config, shown))
+    def _tell(self, state: Any) -> None:
+        if self.progress is not None and state.is_world_process_zero:
+            self.progress(self.what, state.global_step, state.max_steps)
 
 
 @contextlib.contextmanager
@@ -138,53 +128,3 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-
-
-def rank_note(rank: int) -> str:
-    """Return what vLLM has to be told to serve a LoRA of this rank."""
-    from trueline.train.adapters.export import VLLM_RANKS
-
-    fitting = next((r for r in VLLM_RANKS if r >= rank), None)
-    if fitting is None:
-        return f"vLLM serves ranks up to {VLLM_RANKS[-1]}, and this LoRA has {rank}: merge it."
-    return f"vLLM: --enable-lora --max-lora-rank {fitting} --lora-modules NAME=FOLDER"
-
-
-def draw_curves(
-    rows: Sequence[Mapping[str, Any]], panels: Mapping[str, str], title: str
-) -> Figure | None:
-    """Return a figure with a panel over steps for each name of `panels` that the rows have.
-
-    A panel's second line is the same name with `eval_` before it. None where no row has a number.
-    """
-    need_matplotlib()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    found = [n for n in panels if _series(rows, n)[0] or _series(rows, f"eval_{n}")[0]]
-    if not found:
-        return None
-    columns = min(3, len(found))
-    lines = -(-len(found) // columns)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(3.9 * columns, 2.7 * lines + 0.4), layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
-        every = list(figure.subplots(lines, columns, squeeze=False).flat)
-        for axes, name in zip(every, found, strict=False):
-            for key, colour, marker in ((name, BLUE, ""), (f"eval_{name}", ORANGE, "o")):
-                steps, values = _series(rows, key)
-                only = "o" if len(steps) == 1 else marker
-                axes.plot(steps, values, color=colour, linewidth=1.6, marker=only, markersize=4)
-            axes.set_title(panels[name], fontsize=10, weight="normal")
-            axes.grid(axis="y", color=FAINT, linewidth=0.8)
-            axes.set_xlabel("step")
-            axes.tick_params(length=0)
-        for axes in every[len(found) :]:
-            axes.set_visible(False)
-    return figure
-
-
-def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of the rows that have a number under this name."""
-    pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-    return [step for step, _ in pairs], [value for _, value in pairs]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +14,10 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from trueline.engine.decoding import generate
-from trueline.evals.items import Item
+from trueline.errors import DataError
+from trueline.evals.datasets import load_prompts
+from trueline.evals.items import Item, adherence_items
+from trueline.evals.judging import JudgeConfig, check_judge, make_judge
 from trueline.evals.metrics import METRICS, judge_responses
 from trueline.types import Message, Request, SamplingParams
 
@@ -21,31 +26,67 @@ if TYPE_CHECKING:
     from trueline.train.distil.teachers import Teacher
 
 
-class HeldOut:
+@dataclass(frozen=True)
+class Questions:
+    """Held-out prompts, what is measured on them, and who judges the answers."""
+
+    items: Sequence[Item]
+    metric: str
+    """"adherence" or "refusal"."""
+    judge: Any
+    """One of `trueline.evals.judges`; None uses the items' patterns."""
+
+    @classmethod
+    def read(
+        cls, path: str, goal: str, principle: str | None, judge: JudgeConfig, folder: Path
+    ) -> Questions | None:
+        """Return the questions in a file; None where only losses can be measured on them.
+
+        Args:
+            path: JSONL rows.
+            goal: What the teacher's method is for: adherence or refusal.
+            principle: For rows that name none.
+            judge: Instead of the rows' patterns; "keywords" judges refusals.
+            folder: Of the run; answers of an endpoint are kept in it.
+        """
+        if judge.name == "keywords" or goal == "refusal":
+            rows = load_prompts(path)
+            items = [Item(r.id, r.prompt, "unsafe" if r.safe is False else "safe") for r in rows]
+            metric = "refusal"
+        else:
+            items, _ = adherence_items(path, principle=principle)
+            metric = "adherence"
+            if judge.name is None and not any(item.pattern for item in items):
+                return None
+            odd = [item.id for item in items if not item.pattern]
+            if judge.name is None and odd:
+                raise DataError(f'{path}: prompt "{odd[0]}" has no "pattern", others have.')
+        made, _ = make_judge(check_judge(judge, metric), metric, folder)
+        return cls(items, metric, made)
+
+
+class HeldOutAnswers:
     """Measures a student's answers, decoded greedily after the prompt that it is trained on.
 
     Args:
-        items: Prompts, with what it takes to judge an answer.
-        metric: "adherence" or "refusal".
-        judge: One of `trueline.evals.judges`; None uses the items' patterns.
+        questions: What is asked.
         teacher: It knows what the student is shown.
         max_new_tokens: Of an answer.
     """
 
-    def __init__(
-        self, items: Sequence[Item], metric: str, judge: Any, teacher: Teacher, max_new_tokens: int
-    ) -> None:
-        self.items, self.metric, self.judge = items, metric, judge
+    def __init__(self, questions: Questions, teacher: Teacher, max_new_tokens: int) -> None:
+        self.questions = questions
         self.teacher, self.max_new_tokens = teacher, max_new_tokens
 
     def __call__(self, model: LanguageModel) -> dict[str, float]:
         """Return the mean of each measure over the answers that the judge could read."""
         sampling = SamplingParams(max_new_tokens=self.max_new_tokens)
-        requests = [Request(self._messages(model, item)) for item in self.items]
+        requests = [Request(self._messages(model, item)) for item in self.questions.items]
         texts = [c.text for c in generate(model, requests, sampling=sampling)]
-        verdicts = judge_responses(self.metric, self.items, texts, self.judge)
+        asked = self.questions
+        verdicts = judge_responses(asked.metric, asked.items, texts, asked.judge)
         means = {}
-        for name in METRICS[self.metric]:
+        for name in METRICS[asked.metric]:
             values = [v[name] for v in verdicts if v.get(name) is not None]
             if values:
                 means[name] = sum(values) / len(values)

@@ -82,7 +82,7 @@ class PenaltyMixin:
         penalty = self.penalty()
         # Undo what the trainer will not do: it divides a loss by the accumulation steps only if
         # that loss is a mean over the micro-batch.
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # newer than some releases
         if scaled is None:
             scaled = self.compute_loss_func is not None or (
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None

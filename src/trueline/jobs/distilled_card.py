@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trueline.records.cards import model_card
+from trueline.records.run_folder import RunFolder
+from trueline.settings.reader import write_toml
+from trueline.train.card import rank_note
+from trueline.train.curves import draw_curves
+from trueline.train.progress import LOG
+
 if TYPE_CHECKING:
-    from trueline.records.run_folder import RunFolder
-    from trueline.train.base import Recipe
+    from trueline.jobs.distillation import DistilConfig
 
 PANELS = {
     "loss": "loss",
@@ -29,35 +38,31 @@ LAST = 10
 """The results are means over so many logged steps at the end."""
 
 
-def finish(
-    values: dict[str, Any],
-    recipe: Recipe,
-    folder: RunFolder,
-    rows: int,
+def write_card(
+    config: DistilConfig, values: Mapping[str, Any], folder: RunFolder, rows: int
 ) -> None:
-    """Sum up the log, draw it, and write the card."""
-    from trueline.records.cards import model_card
-    from trueline.settings.reader import write_toml
-    from trueline.train.progress import LOG, draw_curves
-
+    """Sum up the log, draw it, and write the card and the results."""
     log = [row for _, _, row in folder.lines(LOG).rows()]
     results = summary(log, folder.facts)
     name = folder.folder.resolve().name
-    what = "all weights" if recipe.full else "a merged LoRA" if recipe.merge else "a LoRA"
+    what = "all weights" if config.full else "a merged LoRA" if config.merge else "a LoRA"
+    if config.after:
+        what = f"a LoRA, with the {len(folder.settings['after'])} before it"
     taught = values.get("principle") or "the principles of its prompts"
     base = folder.settings["base"]
+    note = use_note(config, folder.folder)
     card = model_card(
         title=name,
-        summary=f"{recipe.model} ({what}), trained by Inverse-Q* (arXiv 2408.14874) to answer as "
+        summary=f"{config.model} ({what}), trained by Inverse-Q* (arXiv 2408.14874) to answer as "
         f'the decoding method "{values.get("teacher")}" does for: {taught}',
         front={
-            "base_model": recipe.model if "/" in recipe.model else None,
-            "library_name": "transformers" if recipe.full or recipe.merge else "peft",
+            "base_model": config.model if "/" in config.model else None,
+            "library_name": "transformers" if config.full or config.merge else "peft",
             "pipeline_tag": "text-generation",
             "tags": ["trueline", "inverse-q"],
         },
-        use=usage(name, recipe),
-        notes=[note(recipe)] if note(recipe) else [],
+        use=usage(name, config),
+        notes=[note] if note else [],
         recipe={
             "base": f"{base['name']}, hash {base['hash']}, {base['dtype']} on {base['device']}",
             "prompts": f"{rows} rows, SHA-256 {folder.settings['data']['hash'][:16]}",
@@ -96,24 +101,25 @@ def summary(log: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def note(recipe: Recipe) -> str:
-    """Return how to use the result."""
-    from trueline.train.progress import rank_note
+def use_note(config: DistilConfig, folder: Path) -> str:
+    """Return what vLLM has to be told; empty for whole weights."""
+    if config.full or config.merge:
+        return ""
+    found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return rank_note(int(found["r"]))
 
-    return "" if recipe.full or recipe.merge else rank_note(recipe.lora.rank)
 
-
-def usage(name: str, recipe: Recipe) -> str:
+def usage(name: str, config: DistilConfig) -> str:
     """Return Python that loads the result with transformers and PEFT alone."""
 
     base = (
-        f'"{recipe.model}"' if recipe.model != "tiny" else 'str(files("trueline") / "assets/tiny")'
+        f'"{config.model}"' if config.model != "tiny" else 'str(files("trueline") / "assets/tiny")'
     )
-    whole = recipe.full or recipe.merge
+    whole = config.full or config.merge
     lines = [
         *(
             ["from importlib.resources import files"]
-            if recipe.model == "tiny" and not whole
+            if config.model == "tiny" and not whole
             else []
         ),
         *(["from peft import PeftModel"] if not whole else []),
