@@ -17,7 +17,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from trueline import Decoder, LanguageModel, Method, SamplingParams
-from trueline.engine.decoding import Prompt
+from trueline.engine.protocol import Prompt
 
 Tokens = list[list[int]]
 Pairs = list[tuple[list[int], list[int]]]
@@ -189,7 +189,9 @@ def decode(
         for branches in prompts
     ]
     rows: Tokens = [[] for _ in prompts]
-    for step in decoder.run(encoded, text=False):
+    tickets = {decoder.add(prompt, text=False): i for i, prompt in enumerate(encoded)}
+    while steps := decoder.step():
         clock.first()
-        rows[step.request].append(step.token_id)
+        for step in steps:
+            rows[tickets[step.ticket]].append(step.token_id)
     return rows

@@ -76,10 +76,16 @@ SHAPES: dict[str, dict[str, object]] = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
     "gemma": {"num_key_value_heads": 1, "head_dim": 8},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "gemma3_text": {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "mistral": {"num_key_value_heads": 2, "sliding_window": 16},
     "gpt2": {},
 }
-"""Rotary, rotary with normalised queries, one key head, sliding windows (two kinds), absolute."""
+"""Rotary, rotary with normalised queries, one key head, sliding windows (three), absolute."""
 
 
 def random_model(kind: str, positions: int = 512, vocab: int = 261) -> PreTrainedModel:

@@ -298,7 +298,7 @@ def test_the_store_does_not_grow_with_the_turns(tiny, capsys):
     for _ in range(5):
         chat.handle(MOON)
     assert len(chat.turns) == 10
-    assert len(decoder.store.entries) == 2
+    assert len(decoder.backend.store.entries) == 2
 
 
 def test_values_as_typed():

@@ -107,7 +107,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, batches):
     whole = {name: (tmp_path / "run" / name).read_bytes() for name in names}
     for path in (tmp_path / "run").iterdir():
         path.unlink()
-    collect, seen = trueline.engine.decoding.Decoder.collect, []
+    collect, seen = trueline.engine.decoding.Decoder.complete, []
 
     def killed(self, prompts, **options):
         seen.append(len(prompts))
@@ -115,7 +115,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, batches):
             raise KeyboardInterrupt
         return collect(self, prompts, **options)
 
-    monkeypatch.setattr(trueline.engine.decoding.Decoder, "collect", killed)
+    monkeypatch.setattr(trueline.engine.decoding.Decoder, "complete", killed)
     assert call(*command) == 130
     assert not (tmp_path / "run" / "results.json").exists()
     with open(tmp_path / "run" / "responses.jsonl", "ab") as file:
@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, batches):
     seen.clear()
     monkeypatch.setattr(
         trueline.engine.decoding.Decoder,
-        "collect",
+        "complete",
         lambda *a, **o: seen.append(1) or collect(*a, **o),
     )
     assert call(*command) == 0
@@ -144,10 +144,10 @@ def test_further_values_use_the_responses_that_are_there(swept, tmp_path, monkey
     import shutil
 
     shutil.copytree(swept, tmp_path / "copy")
-    collect, seen = trueline.engine.decoding.Decoder.collect, []
+    collect, seen = trueline.engine.decoding.Decoder.complete, []
     monkeypatch.setattr(
         trueline.engine.decoding.Decoder,
-        "collect",
+        "complete",
         lambda *a, **o: seen.append(1) or collect(*a, **o),
     )
     options = ("--alpha", "1,1.5", "--no-plot", "--json", "--output", tmp_path / "copy")

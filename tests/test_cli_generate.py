@@ -27,9 +27,6 @@ from trueline import (
 )
 from trueline.cli import main
 from trueline.cli.compare import columns, layout
-from trueline.engine.cache import PrefixStore
-from trueline.engine.decoding import Decoder, Prompt
-from trueline.jobs.batches import common_prefixes, settle
 from trueline.methods.self_cd import SAFETY_PROMPT
 
 QUESTION = "What is the capital of France?"
@@ -353,40 +350,16 @@ def test_a_resumed_run_gives_the_same_bytes(prompts, tmp_path):
         assert out.read_bytes() == whole
 
 
-def test_only_prefixes_that_many_rows_share_are_kept():
-    prompts = [Prompt([[1]], prefixes=(tuple(range(9)), (5, n, 7, 8))) for n in range(4)]
-    kept = common_prefixes([*prompts, Prompt([[1]], prefixes=((1, 2), ()))], least=3)
-    assert [p.prefixes for p in kept] == [(tuple(range(9)), ())] * 4 + [((), ())]
-
-
-def test_the_store_holds_what_the_batch_shares_and_nothing_of_the_past():
-    a, b, c = (tuple(range(n, n + 9)) for n in (10, 20, 30))
-    pair, other = Prompt([[1], [2]], prefixes=(a, b)), Prompt([[1], [2]], prefixes=(c, ()))
-    store = PrefixStore(entries={(True, c): [], (True, b): [], (True, a): []})
-    settle(store, [pair, pair])
-    assert list(store.entries) == [(True, a), (True, b)]
-    settle(store, [pair, other])
-    assert store.entries == {}
-    store.entries = {(True, a): [], (True, b): []}
-    settle(store, [Prompt([[1], [2]], Contrast(base=True), prefixes=(a, a))])
-    assert store.entries == {}
-
-
-def test_every_batch_starts_from_a_settled_store(tiny, prompts, tmp_path, monkeypatch):
-    rows = [{"prompt": "Hi", "system": f"You are good at {i // 4}."} for i in range(12)]
-    path, held = write(tmp_path / "a.jsonl", rows), []
-    collect = Decoder.collect
-
-    def spy(self, batch, **options):
-        prefixes = {prefix for p in batch for prefix in p.prefixes}
-        assert {ids for _, ids in self.store.entries} <= prefixes
-        result = collect(self, batch, **options)
-        held.append(len(self.store.entries))
-        return result
-
-    monkeypatch.setattr(Decoder, "collect", spy)
-    assert call("--input", path, "--output", tmp_path / "out.jsonl", *SAMPLED) == 0
-    assert held == [2, 2, 2]
+def test_refilled_places_give_the_same_rows(prompts, tmp_path):
+    """Rows that end apart, and more of them than places; the order is the input's."""
+    rows = [{**row, "id": 20 * i + k} for i in range(2) for k, row in enumerate(read(prompts))]
+    path, whole, out = (tmp_path / name for name in ("a.jsonl", "whole.jsonl", "out.jsonl"))
+    write(path, rows)
+    argv = ("--input", path, *SAMPLED, "--batch-size", 4)
+    assert call(*argv, "--output", whole) == 0
+    assert call(*argv, "--output", out, "--refill") == 0
+    assert read(out) == read(whole)
+    assert call(*argv, "--output", out) == 2, "another run: its rows may round otherwise"
 
 
 def test_a_run_killed_again_and_again_gives_the_same_bytes(prompts, tmp_path):

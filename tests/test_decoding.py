@@ -226,12 +226,12 @@ class TestSharedPrefixes:
         requests = [Request(q) for q in QUESTIONS]
         plain = Decoder(lm, share_prefixes=False)
         sharing = Decoder(lm)
-        expected = ids_of(plain.collect([plain.encode(r, method, SHORT) for r in requests]))
+        expected = ids_of(plain.complete([plain.encode(r, method, SHORT) for r in requests]))
         prompts = [sharing.encode(r, method, SHORT) for r in requests]
-        assert ids_of(sharing.collect(prompts)) == expected
-        assert len(sharing.store.entries) == 1, "one system prompt, computed once"
+        assert ids_of(sharing.complete(prompts)) == expected
+        assert len(sharing.backend.store.entries) == 1, "one system prompt, computed once"
         shapes = record_shapes(monkeypatch)
-        assert ids_of(sharing.collect(prompts)) == expected
+        assert ids_of(sharing.complete(prompts)) == expected
         longest = max(len(ids) for p in prompts for ids in p.branches)
         assert shapes[0][1] < longest - 40, "the system prompt is not computed again"
 
@@ -239,12 +239,12 @@ class TestSharedPrefixes:
         chat = [{"role": "user", "content": "Hello there, how are you today?"}]
         decoder = Decoder(lm, keep_turns=True)
         method = LinearAlignment(PRINCIPLE)
-        decoder.collect([decoder.encode(chat, method, SHORT)])
+        decoder.complete([decoder.encode(chat, method, SHORT)])
         chat += [{"role": "assistant", "content": "Well."}, {"role": "user", "content": "Why?"}]
         expected = ids_of(generate(lm, [chat], method, SHORT))
         prompt = decoder.encode(chat, method, SHORT)
         shapes = record_shapes(monkeypatch)
-        assert ids_of(decoder.collect([prompt])) == expected
+        assert ids_of(decoder.complete([prompt])) == expected
         # the answer differs from what was decoded, so that it and the new question are computed
         new = len("Well.") + len("Why?") + 4
         assert shapes[0] == (2, new)
@@ -253,12 +253,12 @@ class TestSharedPrefixes:
         decoder = Decoder(llama, keep_turns=True)
         chat = [{"role": "user", "content": "Hello there, how are you today?"}]
         for _ in range(3):
-            answer = decoder.collect([decoder.encode(chat, LinearAlignment(PRINCIPLE), SHORT)])[0]
+            answer = decoder.complete([decoder.encode(chat, LinearAlignment(PRINCIPLE), SHORT)])[0]
             chat += [
                 {"role": "assistant", "content": answer.text.strip("\ufffd") or "Well."},
                 {"role": "user", "content": "Why?"},
             ]
-        assert len(decoder.store.entries) <= 6
+        assert len(decoder.backend.store.entries) <= 6
 
 
 def test_logits_that_are_not_finite_are_an_error(llama):
@@ -276,7 +276,7 @@ class TestStreaming:
         whole = generate(lm, QUESTIONS, SelfCD(), SHORT)
         texts = [""] * 3
         for step in Decoder(lm).stream(QUESTIONS, SelfCD(), SHORT):
-            texts[step.request] += step.text
+            texts[step.ticket.number] += step.text
         assert texts == [c.text for c in whole]
 
     def test_recorded_logits_are_those_of_the_branches(self, llama):

@@ -139,7 +139,7 @@ def test_linear_alignment_equals_a_naive_loop(harness, kind, chat, batch_size):
     # The greedy answer, one that is not, and one of a single token.
     view = LanguageModel(lm.model, lm.tokenizer, kind, raw=not chat)
     params = SamplingParams(max_new_tokens=4)
-    best = Decoder(view).collect([Decoder(view).encode(questions[0], method, params)])[0]
+    best = Decoder(view).complete([Decoder(view).encode(questions[0], method, params)])[0]
     answers = [None, " Cheese", "x"]
     contexts = [[{"role": "user", "content": q}] for q in questions]
     args, expected = [], []
@@ -200,12 +200,13 @@ def test_rolling_windows_keep_the_principle_and_predict_each_token_once(harness,
     assert len(windows) == 2
     assert tokens == lm.tokenizer(text)["input_ids"]
     principle = lm.tokenizer(PRINCIPLE + "\n")["input_ids"]
-    assert all(list(w.contexts[0][: len(principle)]) == principle for w in windows)
+    assert all(list(w.branches[0][: len(principle)]) == principle for w in windows)
     # The later window sees as much of the text as fits, the same in both branches.
-    assert max(len(row) for w in windows for row in w.rows) in (127, 128)
-    assert windows[1].contexts[0][len(principle) :] == windows[1].contexts[1][1:]
+    rows = [len(row) + len(w.tokens) - 1 for w in windows for row in w.branches]
+    assert max(rows) in (127, 128)
+    assert windows[1].branches[0][len(principle) :] == windows[1].branches[1][1:]
     method = LinearAlignment(PRINCIPLE, ratio=1, top_p=1)
-    parts = [naive(lm, w.contexts, w.tokens, lambda _, z: method.combine(z)) for w in windows]
+    parts = [naive(lm, w.branches, w.tokens, lambda _, z: method.combine(z)) for w in windows]
     total = ours.loglikelihood_rolling(instances((text,)), disable_tqdm=True)[0]
     assert total == pytest.approx(sum(x for x, _ in parts), abs=1e-2)
 
@@ -235,11 +236,11 @@ def test_the_base_branch_runs_without_the_adapter(harness, llama):
 def test_what_does_not_fit_is_cut_from_the_context_not_from_the_principle(harness, folder):
     ours = trueline(str(folder), principle=PRINCIPLE)
     item = ours._scored("The cat sat. " * 30, "yes")
-    with_principle, without = item.contexts
+    with_principle, without = item.branches
     head = ours.model.tokenizer(PRINCIPLE + "\n")["input_ids"]
     assert list(with_principle[: len(head)]) == head
     assert with_principle[len(head) :] == without
-    assert max(map(len, item.rows)) == 128
+    assert max(map(len, item.branches)) + len(item.tokens) - 1 == 128
     with pytest.raises(DataError, match="do not fit the 128 positions"):
         ours._scored("Why?", "y" * 127)
 
@@ -258,7 +259,7 @@ def test_generation_is_the_decoders(harness, llama, chat):
     for i, (chat_, text) in enumerate(zip(messages, found, strict=True)):
         decoder = Decoder(lm)
         prompt = decoder.encode(Request(chat_, seed=i), method, params)
-        assert decoder.collect([prompt])[0].text == text
+        assert decoder.complete([prompt])[0].text == text
 
 
 def test_generation_settings(harness):

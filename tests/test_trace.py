@@ -17,10 +17,12 @@ from trueline import (
     LanguageModel,
     LinearAlignment,
     Plain,
+    Prompt,
     Request,
     SamplingParams,
     SelfCD,
     Step,
+    Ticket,
     generate,
 )
 from trueline.engine.trace import (
@@ -37,12 +39,13 @@ NAMES = "abcd"
 COMBINED = [1.0, -math.inf, 0.5, -2.0]
 BRANCHES = [[0.0, 2.0, 1.0, -1.0], [1.0, 0.0, -0.5, 0.25]]
 QUESTION = "Why is it so?"
+TICKET = Ticket(0, Prompt([[1], [2]]))
 SHORT = SamplingParams(max_new_tokens=12)
 
 
 def make_step(token: int, combined=COMBINED, branches=BRANCHES, position=0) -> Step:
     logits, mixed = torch.tensor(branches), torch.tensor(combined)
-    return Step(0, 0, position, token, NAMES[token], logits=logits, combined=mixed)
+    return Step(TICKET, 0, position, token, NAMES[token], logits=logits, combined=mixed)
 
 
 def trace(step: Step, method=None, top: int = 2):
@@ -117,7 +120,7 @@ def test_after_its_first_tokens_a_method_has_the_rest_branch_alone():
 
 def test_a_step_without_logits_is_refused():
     with pytest.raises(ValueError, match="record=True"):
-        trace(Step(0, 0, 0, 1, "b"))
+        trace(Step(TICKET, 0, 0, 1, "b"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

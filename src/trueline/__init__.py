@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trueline.engine.decoding import Decoder, Prompt, Step, generate
+    from trueline.engine.decoding import Decoder, generate
     from trueline.engine.hook import guided
+    from trueline.engine.protocol import Prompt, Step, Ticket
     from trueline.errors import ConfigError, DataError, ModelError, TruelineError
     from trueline.jobs.distillation import DistilConfig, DistilResults, distil
     from trueline.jobs.exporting import ExportConfig, export
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "trueline.engine.decoding": ("Decoder", "Prompt", "Step", "generate"),
+    "trueline.engine.decoding": ("Decoder", "generate"),
+    "trueline.engine.protocol": ("Prompt", "Step", "Ticket"),
     "trueline.errors": ("ConfigError", "DataError", "ModelError", "TruelineError"),
     "trueline.engine.hook": ("guided",),
     "trueline.jobs.distillation": ("DistilConfig", "DistilResults", "distil"),

@@ -30,28 +30,37 @@ class Method(Protocol):
     """A decoding method: which K prompts to run, and how their logits become one distribution.
 
     Implementations are frozen dataclasses whose fields are their configuration (see
-    `trueline.methods`); nothing needs to inherit from this class.
+    `trueline.methods`); nothing needs to inherit from this class. Beside what is listed here a
+    method may have
+
+        first_tokens: int | None = None      so many tokens, then one branch goes on alone
+        rest_branch: int = 0                 that branch
+        base_branches: tuple[int, ...] = ()  branches that run with the model's adapter off
     """
 
     name: ClassVar[str]
-
-    @property
-    def first_tokens(self) -> int | None:
-        """After this many tokens only `rest_branch` goes on; None: all branches to the end."""
-
-    @property
-    def rest_branch(self) -> int:
-        """The branch that goes on alone after `first_tokens`."""
-
-    @property
-    def base_branches(self) -> tuple[int, ...]:
-        """Branches that run with the model's adapter switched off."""
 
     def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:
         """Return the messages of the K branches."""
 
     def combine(self, logits: Tensor) -> Tensor:
         """Map logits (batch, branch, vocab), temperature applied, to logits (batch, vocab)."""
+
+
+def first_tokens(method: Method) -> int | None:
+    """Return after how many tokens only one branch goes on; None: all branches to the end."""
+    count: int | None = getattr(method, "first_tokens", None)
+    return count
+
+
+def rest_branch(method: Method) -> int:
+    """Return the branch that goes on alone after `first_tokens`."""
+    return int(getattr(method, "rest_branch", 0))
+
+
+def base_branches(method: Method) -> tuple[int, ...]:
+    """Return the branches that run with the model's adapter switched off."""
+    return tuple(getattr(method, "base_branches", ()))
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def compare(
     """Return the answers, decoded as one batch with the same seed."""
     chosen, one = columns(method), replace(sampling, n=1)
     requests = [Request(messages, column.method, one, seed) for column in chosen]
-    completions = decoder.collect([decoder.encode(request) for request in requests])
+    completions = decoder.complete([decoder.encode(request) for request in requests])
     return list(zip(chosen, completions, strict=True))
 
 

@@ -149,8 +149,6 @@ class Chat:
             prompt = self.decoder.encode(Request(chat, self.method(), self.sampling, seed))
         except DataError as error:
             raise DataError(f"{error} /reset starts a new conversation.") from None
-        # A turn holds all earlier ones: no more than two rounds of branches are worth keeping.
-        self.decoder.store.size = 2 * len(prompt.branches)
         answer, reason, tokens, stopped, flow = "", None, 0, False, Flow()
         try:
             for step in self.decoder.run([prompt]):
@@ -212,13 +210,12 @@ class Chat:
         if not text:
             self._last()
             turns = self.turns[:-1]
+        from trueline.engine.decoding import Decoder
+
         method, chat = self.method(), [*self._system(), *turns]
         columns(method)
-        self.decoder.keep_turns = False
-        try:
-            answers = compare(self.decoder, chat, method, self.sampling, self.seed)
-        finally:
-            self.decoder.keep_turns = True
+        decoder = Decoder(self.decoder.model, share_prefixes=False)
+        answers = compare(decoder, chat, method, self.sampling, self.seed)
         print(layout([(column.title, done.text) for column, done in answers]), flush=True)
 
     def _last(self) -> str:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     folder, start = output_folder(args.output), time.perf_counter()
     held_out = demo.load_held_out(str(resources.files("trueline") / "assets/tiny/held_out.json"))
     torch.set_num_threads(1)
-    decoder = Decoder(load_model("tiny"))
+    decoder = Decoder(load_model("tiny"), batch_size=demo.BATCH)
     total = demo.count_requests(held_out, args.limit)
     with tqdm(total=total, unit="answer", disable=None, leave=False) as bar:
         options: Any = {"limit": args.limit, "seed": args.seed, "on_done": bar.update}

@@ -25,7 +25,8 @@ from trueline.methods import describe_method
 from trueline.types import Completion, Message, Method, Request, SamplingParams, check_seed
 
 if TYPE_CHECKING:
-    from trueline.engine.decoding import Decoder, Prompt, Step
+    from trueline.engine.decoding import Decoder
+    from trueline.engine.protocol import Prompt, Step
 
 EXAMPLES = """examples:
   trueline generate "What is the moon?" --principle "Talk like a pirate." --ratio 2
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", metavar="FILE", help="JSONL file of prompts")
     add("--output", metavar="FILE", help="JSONL file for the completions, one row each")
     add("--batch-size", type=int, default=32, metavar="N", help="rows decoded together (32)")
+    add("--refill", action="store_true", help="rows take the places of those that have ended")
     add("--skip-bad", action="store_true", help="put bad rows in OUTPUT.bad.jsonl, run the others")
     add("--overwrite", action="store_true", help="start again though the output exists")
     add_model_options(parser)
@@ -94,6 +96,7 @@ def answer_file(args: argparse.Namespace) -> int:
         args.seed,
         args.batch_size,
         args.skip_bad,
+        args.refill,
     )
     rows = 0
 
@@ -151,7 +154,7 @@ def answer(args: argparse.Namespace) -> None:
     if args.json:
         show_json(args, decoder, prompt)
     elif sampling.n > 1:
-        for i, completion in enumerate(decoder.collect([prompt])):
+        for i, completion in enumerate(decoder.complete([prompt])):
             print(f"--- sample {i + 1} of {sampling.n}, seed {completion.seed} ---")
             print(completion.text)
     else:
@@ -185,7 +188,7 @@ def show_json(args: argparse.Namespace, decoder: Decoder, prompt: Prompt) -> Non
         times[0] = times[0] or time.perf_counter() - start
         tokens += 1
 
-    completions = decoder.collect([prompt], on_step=clock)
+    completions = decoder.complete([prompt], on_step=clock)
     seconds = time.perf_counter() - start
     timings = {
         "prefill": round(times[0], 4),

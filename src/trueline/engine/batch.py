@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from trueline.engine.cache import PrefixStore, new_cache
+from trueline.engine.cache import GrowingLayer, PrefixKey, PrefixStore, new_cache
 from trueline.models.load import LanguageModel
 from trueline.models.prompts import pad_left
 
@@ -15,18 +16,24 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """The rows of one forward: cache, mask, positions."""
+    """The rows of one forward: cache, mask, positions. Every row ends at the last column."""
 
     def __init__(self, model: LanguageModel, rows: list[list[int]], adapters: list[bool]) -> None:
         self.model, self.rows, self.adapters = model, rows, adapters
         self.cache = new_cache(model.text_config.num_hidden_layers)
         self.ids, self.mask = pad_left(rows, model.pad_token_id, model.device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        self.padded = len({len(ids) for ids in rows}) > 1
+        self.lengths = [len(ids) for ids in rows]
+        self.padded = len(set(self.lengths)) > 1
 
-    def prefill(self, store: PrefixStore | None) -> Tensor:
-        """Run the prompts and return the logits (row, vocab) of their last tokens."""
-        cached = store.fill(self.rows, self.adapters) if store is not None else None
+    def prefill(
+        self, store: PrefixStore | None, among: Collection[PrefixKey] | None = None
+    ) -> Tensor:
+        """Run the prompts and return the logits (row, vocab) of their last tokens.
+
+        What the store knows is not computed again; of its entries only `among`, if given, count.
+        """
+        cached = store.fill(self.rows, self.adapters, among) if store is not None else None
         if cached is not None:
             self.cache = cached
         start = self.cache.get_seq_length()
@@ -34,10 +41,16 @@ class Batch:
         self.positions = self.positions[:, -1:]
         return logits
 
-    def forward(self, tokens: list[int]) -> Tensor:
-        """Feed one token to every row and return the next logits (row, vocab)."""
+    def forward(self, tokens: list[int], idle: Sequence[int] = ()) -> Tensor:
+        """Feed one token to every row and return the next logits (row, vocab).
+
+        `idle` rows wait for `join` to write over them: they grow no longer.
+        """
         ids = torch.tensor(tokens, device=self.mask.device)[:, None]
         self.positions = self.positions + 1
+        self.lengths = [length + 1 for length in self.lengths]
+        for row in idle:
+            self.positions[row], self.lengths[row] = 0, 1
         if self.padded:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         return self._call(ids, self.positions)
@@ -48,6 +61,30 @@ class Batch:
         self.cache.batch_select_indices(index)
         self.mask, self.positions = self.mask[index], self.positions[index]
         self.adapters = [self.adapters[row] for row in rows]
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def join(self, other: Batch, free: Sequence[int] = ()) -> list[int]:
+        """Take in the rows of `other`, both sides padded on the left; return where each went.
+
+        `free` rows are written over first. Columns that no row uses any more are dropped.
+        """
+        old, new = len(self.lengths), len(other.lengths)
+        places = [*free, *range(old, old + new)][:new]
+        rows = max(old, 1 + max(places))
+        self.positions = torch.cat([self.positions, other.positions[: rows - old]])
+        self.positions[places] = other.positions
+        self.lengths += other.lengths[: rows - old]
+        self.adapters += other.adapters[: rows - old]
+        for place, length, adapter in zip(places, other.lengths, other.adapters, strict=True):
+            self.lengths[place], self.adapters[place] = length, adapter
+        width = max(self.lengths)
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            cast(GrowingLayer, mine).join(cast(GrowingLayer, theirs), places, rows, width)
+        lengths = torch.tensor(self.lengths, device=self.mask.device)
+        columns = torch.arange(width, 0, -1, device=self.mask.device)
+        self.mask = (columns <= lengths[:, None]).to(self.mask)
+        self.padded = min(self.lengths) < width
+        return places
 
     def _call(self, ids: Tensor, positions: Tensor) -> Tensor:
         names = self.model.forward_names

@@ -71,9 +71,9 @@ def guided(
         params = _sampling(generation_config, input_ids.shape[1], n)
         seed = int(torch.randint(2**31, ())) if generation_config.do_sample else 0
         requests = [Request(chat, seed=seed + i * n) for i, chat in enumerate(chats)]
-        decoder = Decoder(lm, share_prefixes=len(chats) > 1)
+        decoder = Decoder(lm, batch_size=len(chats), share_prefixes=len(chats) > 1)
         prompts = [decoder.encode(request, method, params) for request in requests]
-        answers = [completion.token_ids for completion in decoder.collect(prompts)]
+        answers = [completion.token_ids for completion in decoder.complete(prompts)]
         return _output(input_ids, answers, lm.pad_token_id, generation_config)
 
     return custom_generate

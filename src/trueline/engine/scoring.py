@@ -6,18 +6,69 @@ a continuation's last token is only predicted, so it is not fed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trueline.engine.protocol import Continuation
 from trueline.models.prompts import pad_left
-from trueline.types import Method
+from trueline.types import Method, first_tokens, rest_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trueline.models.load import LanguageModel
+
+_Row = tuple[bool | None, tuple[int, ...], tuple[int, ...]]
+"""What one row of a forward is fed: adapter on, off or as it is; a prompt; tokens but the last."""
+
+
+def score(
+    model: LanguageModel,
+    items: Sequence[Continuation],
+    *,
+    rows: int = 16,
+    base: LanguageModel | None = None,
+) -> Iterator[Tensor]:
+    """Yield the logits that predict each item, (time, branch, vocab) in float32, in order.
+
+    Rows of a forward that are fed the same run once, whichever items they belong to; items of like
+    length in a row (`longest_first`) waste least. No gradient; `combined` makes one distribution
+    of the branches.
+
+    Args:
+        model: From `load_model`.
+        items: What to score.
+        rows: Rows of one forward at most, but for an item with more branches. The logits do not
+            depend on it but for rounding.
+        base: The model of branches whose adapter is off, if it is another one.
+    """
+    keys = [_rows_of(item) for item in items]
+    for part in _parts(keys, rows):
+        found = _forward(model, base, part, keys, items)
+        for i in part:
+            z = [found[key][-len(items[i].tokens) :].float() for key in keys[i]]
+            yield torch.stack([branch.to(z[0].device) for branch in z], 1)
+
+
+def longest_first(items: Sequence[Continuation]) -> list[int]:
+    """Return the order in which rows of a forward are of like length, the longest first."""
+    lengths = [max(map(len, item.branches)) + len(item.tokens) for item in items]
+    return sorted(range(len(items)), key=lambda i: -lengths[i])
+
+
+def combined(method: Method, logits: Tensor, first: int = 0) -> Tensor:
+    """Combine logits (time, branch, vocab) of a continuation, as decoding would.
+
+    After the method's `first_tokens` its rest branch is alone; `first` tokens came before these.
+    """
+    count = first_tokens(method)
+    if count is None or logits.shape[1] == 1:
+        return method.combine(logits)
+    n = max(0, count - first)
+    alone = logits[n:, rest_branch(method)]
+    return torch.cat([method.combine(logits[:n]), alone]) if len(logits[:n]) else alone
 
 
 def forced_logits(
@@ -52,13 +103,45 @@ def forced_logits(
     return [z[-len(c) :] for z, c in zip(logits.unbind(0), continuations, strict=True)]
 
 
-def combined(method: Method, logits: Tensor, first: int = 0) -> Tensor:
-    """Combine logits (time, branch, vocab) of a continuation, as decoding would.
+def _rows_of(item: Continuation) -> list[_Row]:
+    adapters = item.adapters or (None,) * len(item.branches)
+    fed = tuple(item.tokens[:-1])
+    return [(on, tuple(ids), fed) for on, ids in zip(adapters, item.branches, strict=True)]
 
-    After `method.first_tokens` the rest branch is alone; `first` tokens came before these.
-    """
-    if method.first_tokens is None or logits.shape[1] == 1:
-        return method.combine(logits)
-    n = max(0, method.first_tokens - first)
-    alone = logits[n:, method.rest_branch]
-    return torch.cat([method.combine(logits[:n]), alone]) if len(logits[:n]) else alone
+
+def _parts(keys: Sequence[list[_Row]], rows: int) -> Iterator[list[int]]:
+    """Cut the items into parts of at most `rows` different rows, one item at least."""
+    part: list[int] = []
+    inside: set[_Row] = set()
+    for i, own in enumerate(keys):
+        if part and len(inside.union(own)) > rows:
+            yield part
+            part, inside = [], set()
+        part.append(i)
+        inside.update(own)
+    if part:
+        yield part
+
+
+def _forward(
+    model: LanguageModel,
+    base: LanguageModel | None,
+    part: Sequence[int],
+    keys: Sequence[list[_Row]],
+    items: Sequence[Continuation],
+) -> dict[_Row, Tensor]:
+    """Return the logits (time, vocab) of every different row of a part; a forward a model."""
+    tokens = {key: items[i].tokens for i in part for key in keys[i]}
+    found: dict[_Row, Tensor] = {}
+    for apart in (False, True):
+        rows = [key for key in tokens if (base is not None and key[0] is False) == apart]
+        if not rows:
+            continue
+        chosen = base if apart and base is not None else model
+        adapters = None if apart or base is not None else [key[0] is not False for key in rows]
+        with torch.no_grad():
+            logits = forced_logits(
+                chosen, [key[1] for key in rows], [tokens[key] for key in rows], adapters=adapters
+            )
+        found.update(zip(rows, logits, strict=True))
+    return found

@@ -20,11 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trueline.engine.decoding import Decoder, Step
+from trueline.engine.decoding import Decoder
+from trueline.engine.protocol import Step, Ticket
 from trueline.errors import DataError
 from trueline.methods import Plain
 from trueline.models.prompts import chat_of
-from trueline.types import FinishReason, Message, Method, Request, SamplingParams
+from trueline.types import (
+    FinishReason,
+    Message,
+    Method,
+    Request,
+    SamplingParams,
+    base_branches,
+    first_tokens,
+    rest_branch,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -117,9 +127,9 @@ def trace_step(
     """
     if step.logits is None or step.combined is None:
         raise ValueError("The step has no logits. Stream it with record=True.")
-    first = method.first_tokens
+    first = first_tokens(method)
     alone = first is not None and step.position >= first
-    names = [method.rest_branch] if alone else range(step.logits.shape[0])
+    names = [rest_branch(method)] if alone else range(step.logits.shape[0])
     p = step.combined.cpu().double().log_softmax(-1)
     q = step.logits.cpu().double().log_softmax(-1)
     branches = tuple(
@@ -134,7 +144,7 @@ def trace_step(
         for name, row in zip(names, q, strict=True)
     )
     return TokenTrace(
-        request=step.request,
+        request=step.ticket.number,
         sample=step.sample,
         position=step.position,
         token_id=step.token_id,
@@ -196,12 +206,10 @@ class _Alone:
     branch: int | None
 
     name: ClassVar[str] = "one branch"
-    rest_branch: ClassVar[int] = 0
-    first_tokens: ClassVar[int | None] = None
 
     @property
     def base_branches(self) -> tuple[int, ...]:
-        return (0,) if self.branch in self.method.base_branches else ()
+        return (0,) if self.branch in base_branches(self.method) else ()
 
     def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:
         return [
@@ -230,30 +238,31 @@ def record(
     chat = chat_of(decoder.model, messages)
     prompts = method.prompts(chat)
     names: list[int | None] = list(range(len(prompts)))
-    if not any(p == chat and k not in method.base_branches for k, p in enumerate(prompts)):
+    if not any(p == chat and k not in base_branches(method) for k, p in enumerate(prompts)):
         names.insert(0, None)
     methods: list[Method] = [method, *(_Alone(method, k) for k in names)]
     requests = [Request(chat, m, sampling, seed) for m in methods]
     texts, tokens = TokenTexts(decoder.model.tokenizer), []
-    pieces: list[str] = [""] * len(requests)
-    ends: dict[int, FinishReason] = {}
-    for step in decoder.stream(requests, record=True):
+    tickets = [decoder.add(decoder.encode(r), record=True) for r in requests]
+    pieces: dict[Ticket, str] = dict.fromkeys(tickets, "")
+    ends: dict[Ticket, FinishReason] = {}
+    for step in decoder.follow(tickets):
         if step.sample:
             continue
-        pieces[step.request] += step.text
+        pieces[step.ticket] += step.text
         if step.finish_reason:
-            ends[step.request] = step.finish_reason
-        if step.request == 0:
+            ends[step.ticket] = step.finish_reason
+        if step.ticket is tickets[0]:
             tokens.append(trace_step(step, method, texts, top=top))
             if on_token is not None:
                 on_token(tokens[-1])
     comparisons = []
-    for i, name in enumerate(names, start=1):
+    for ticket, name in zip(tickets[1:], names, strict=True):
         prompt = chat if name is None else prompts[name]
         system = prompt[0]["content"] if prompt[0]["role"] == "system" else None
-        adapter = name not in method.base_branches
-        comparisons.append(Comparison(name, system, adapter, pieces[i], ends[i]))
-    return Recording(tokens, pieces[0], ends[0], comparisons)
+        adapter = name not in base_branches(method)
+        comparisons.append(Comparison(name, system, adapter, pieces[ticket], ends[ticket]))
+    return Recording(tokens, pieces[tickets[0]], ends[tickets[0]], comparisons)
 
 
 def write_jsonl(path: str | Path, tokens: Iterable[TokenTrace]) -> None:

@@ -6,17 +6,18 @@ number here is a natural logarithm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trueline.engine.scoring import combined, forced_logits
+from trueline.engine.protocol import Continuation
+from trueline.engine.scoring import combined, longest_first, score
 from trueline.errors import DataError, ModelError, check_number
 from trueline.models.prompts import chat_of, encode
-from trueline.types import Message, Method, check_messages
+from trueline.types import Message, Method, base_branches, check_messages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,6 @@ def check_fits(model: LanguageModel, prompt: Sequence[int], response: Sequence[i
         )
 
 
-@torch.inference_mode()
 def response_logprobs(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -73,16 +73,15 @@ def response_logprobs(
     Raises:
         DataError: A row is empty or does not fit the model.
     """
-    check_number("batch_size", batch_size, low=1, whole=True)
-    found: dict[int, NDArray[np.float64]] = {}
-    for rows, logits in _forward(model, prompts, responses, adapters, batch_size):
-        for row, z in zip(rows, logits, strict=True):
-            tokens = torch.tensor(responses[row], device=z.device)
-            found[row] = _chosen(z, tokens)
-    return [found[row] for row in range(len(prompts))]
+    _check_pairs(prompts, responses)
+    on = [True] * len(prompts) if adapters is None else adapters
+    items = []
+    for prompt, response, adapter in zip(prompts, responses, on, strict=True):
+        check_fits(model, prompt, response)
+        items.append(Continuation([prompt], response, (adapter,)))
+    return [values[:, 0] for values in branch_logprobs(model, items, batch_size=batch_size)]
 
 
-@torch.inference_mode()
 def method_logprobs(
     model: LanguageModel,
     method: Method,
@@ -95,48 +94,52 @@ def method_logprobs(
 
     The distribution is what `Decoder` draws from at temperature 1: `method.combine` of the
     branches' logits, and of `rest_branch` alone after `first_tokens`. Tokens that the method rules
-    out have minus infinity.
+    out have minus infinity. `batch_size` counts rows, one for each branch.
     """
-    check_number("batch_size", batch_size, low=1, whole=True)
-    prompts, rows, adapters = branch_rows(model, method, chats, responses)
-    k = len(prompts) // max(len(chats), 1)
-    values: list[NDArray[np.float64]] = []
-    per_batch = max(1, batch_size // max(k, 1))
-    for start in range(0, len(chats), per_batch):
-        stop = min(start + per_batch, len(chats))
-        part = slice(start * k, stop * k)
-        logits: dict[int, Tensor] = {}
-        size = stop * k - start * k
-        for indices, found in _forward(model, prompts[part], rows[part], adapters[part], size):
-            logits.update(zip(indices, found, strict=True))
-        for i in range(stop - start):
-            z = torch.stack([logits[i * k + branch] for branch in range(k)], dim=1)
-            tokens = torch.tensor(responses[start + i], device=z.device)
-            values.append(_chosen(combined(method, z), tokens))
-    return values
+    _check_pairs(chats, responses)
+    items = branch_items(model, method, chats, responses)
+    return _logprobs(model, method, items, batch_size)
 
 
-def branch_rows(
+def branch_items(
     model: LanguageModel,
     method: Method,
     chats: Sequence[Sequence[Message]],
     responses: Sequence[Sequence[int]],
-) -> tuple[list[list[int]], list[Sequence[int]], list[bool]]:
-    """Return (prompt ids, response ids, adapter on) of every branch of every chat, in order."""
-    if len(chats) != len(responses):
-        raise DataError(f"Got {len(responses)} responses for {len(chats)} prompts.")
-    if method.base_branches and not model.has_adapter:
+) -> list[Continuation]:
+    """Return each response after the prompts of the method's branches.
+
+    Raises:
+        DataError: A row is empty or does not fit the model.
+        ModelError: The method needs an adapter and there is none.
+    """
+    off = base_branches(method)
+    if off and not model.has_adapter:
         raise ModelError(
             f'Method "{method.name}" switches the adapter off in one branch, but model '
             f'"{model.name}" has no adapter. Pass --adapter FOLDER (`adapter=`).'
         )
-    prompts, rows, adapters = [], [], []
+    items = []
     for chat, response in zip(chats, responses, strict=True):
-        for branch, messages in enumerate(method.prompts(chat_of(model, chat))):
-            prompts.append(encode(model, messages))
-            rows.append(response)
-            adapters.append(branch not in method.base_branches)
-    return prompts, rows, adapters
+        branches = [encode(model, messages) for messages in method.prompts(chat_of(model, chat))]
+        for branch in branches:
+            check_fits(model, branch, response)
+        on = tuple(k not in off for k in range(len(branches)))
+        items.append(Continuation(branches, response, on))
+    return items
+
+
+def branch_logprobs(
+    model: LanguageModel, items: Sequence[Continuation], *, batch_size: int = 16
+) -> list[NDArray[np.float64]]:
+    """Return log-probabilities (time, branch) of each item's tokens, under every branch alone."""
+    check_number("batch_size", batch_size, low=1, whole=True)
+    found: dict[int, NDArray[np.float64]] = {}
+    order = longest_first(items)
+    scored = score(model, [items[i] for i in order], rows=batch_size)
+    for i, logits in zip(order, scored, strict=True):
+        found[i] = np.stack([_chosen(z, items[i].tokens) for z in logits.unbind(1)], 1)
+    return [found[i] for i in range(len(items))]
 
 
 def label_logprobs(
@@ -171,29 +174,26 @@ def label_logprobs(
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def _forward(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    adapters: Sequence[bool] | None,
-    batch_size: int,
-) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Yield row indices, and the logits (time, vocab) that predict each response; longest first."""
+def _check_pairs(prompts: Sequence[object], responses: Sequence[object]) -> None:
     if len(prompts) != len(responses):
         raise DataError(f"Got {len(responses)} responses for {len(prompts)} prompts.")
-    for prompt, response in zip(prompts, responses, strict=True):
-        check_fits(model, prompt, response)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(responses[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        on = None if adapters is None else [adapters[i] for i in rows]
-        logits = forced_logits(
-            model, [prompts[i] for i in rows], [responses[i] for i in rows], adapters=on
-        )
-        yield rows, [z.float() for z in logits]
 
 
-def _chosen(logits: Tensor, tokens: Tensor) -> NDArray[np.float64]:
+def _logprobs(
+    model: LanguageModel, method: Method, items: Sequence[Continuation], rows: int
+) -> list[NDArray[np.float64]]:
+    """Return the log-probability of every token of each item under the method, in order."""
+    check_number("batch_size", rows, low=1, whole=True)
+    found: dict[int, NDArray[np.float64]] = {}
+    order = longest_first(items)
+    scored = score(model, [items[i] for i in order], rows=rows)
+    for i, logits in zip(order, scored, strict=True):
+        found[i] = _chosen(combined(method, logits), items[i].tokens)
+    return [found[i] for i in range(len(items))]
+
+
+def _chosen(logits: Tensor, tokens: Sequence[int]) -> NDArray[np.float64]:
     """Return log softmax(logits) at the tokens."""
-    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    index = torch.tensor(tokens, device=logits.device)[:, None]
+    logprobs = logits.gather(-1, index)[:, 0] - logits.logsumexp(-1)
     return logprobs.double().cpu().numpy()

@@ -10,9 +10,8 @@ Beside each: length, repetition, and perplexity under the plain base model.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from trueline.errors import DataError
@@ -22,11 +21,12 @@ from trueline.evals.points import Point
 from trueline.evals.preference import first_letter
 from trueline.evals.quality import negative_logprobs, text_quality
 from trueline.evals.statistics import Estimate, mean, rate
-from trueline.models.prompts import chat_of, encode
+from trueline.models.prompts import chat_of, check_length, encode
 from trueline.types import Request
 
 if TYPE_CHECKING:
-    from trueline.engine.decoding import Decoder, Step
+    from trueline.engine.decoding import Decoder
+    from trueline.engine.protocol import Step
     from trueline.records.lines import Rows
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -35,8 +35,6 @@ METRICS: dict[str, tuple[str, ...]] = {
     "personal": ("accuracy",),
 }
 """Metric -> its measures."""
-FEWEST = 4
-"""A prefix that fewer prompts of a batch share is not computed apart."""
 
 
 def fitting(
@@ -55,7 +53,7 @@ def fitting(
                 if branch not in branches:
                     branches.append(branch)
         try:
-            decoder.check_length([encode(decoder.model, branch) for branch in branches])
+            check_length(decoder.model, [encode(decoder.model, branch) for branch in branches])
             kept.append(item)
         except DataError as error:
             reason = str(error)
@@ -124,18 +122,12 @@ def _decode(
             prompts.append(decoder.encode(request))
         except DataError as error:
             raise DataError(f'Prompt "{item.id}": {error}') from None
-    used = Counter(prefix for p in prompts for prefix in p.prefixes)
-    common = [
-        replace(p, prefixes=tuple(f if used[f] >= FEWEST else () for f in p.prefixes))
-        for p in prompts
-    ]
-    decoder.store.entries = {}
 
     def count(step: Step) -> None:
         if step.finish_reason is not None:
             on_done(1)
 
-    return decoder.collect(common, on_step=count)
+    return decoder.complete(prompts, on_step=count)
 
 
 def judge_responses(

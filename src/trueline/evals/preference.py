@@ -23,11 +23,10 @@ from trueline.engine.decoding import generate
 from trueline.errors import ConfigError, DataError
 from trueline.evals.datasets import PersonalQuestion, PreferencePair
 from trueline.evals.likelihood import (
-    branch_rows,
-    check_fits,
+    branch_items,
+    branch_logprobs,
     label_logprobs,
     response_ids,
-    response_logprobs,
 )
 from trueline.evals.statistics import Estimate, bootstrap_interval, mean, rate
 from trueline.methods import Blend
@@ -169,28 +168,19 @@ def implicit_rewards(
             instead of a `DataError`.
     """
     rewards = np.full((len(pairs), 2), np.nan)
-    prompts: list[list[int]] = []
-    rows: list[Sequence[int]] = []
-    adapters: list[bool] = []
-    used = []
-    branches = len(method.prompts([{"role": "user", "content": "?"}]))
-    weights = branch_weights(method, branches)
+    items, used = [], []
+    weights = branch_weights(method, len(method.prompts([{"role": "user", "content": "?"}])))
     for i, pair in enumerate(pairs):
         answers = [response_ids(model, pair.messages, t) for t in (pair.chosen, pair.rejected)]
-        encoded = branch_rows(model, method, [pair.messages] * 2, answers)
         try:
-            for prompt, response in zip(encoded[0], encoded[1], strict=True):
-                check_fits(model, prompt, response)
+            items += branch_items(model, method, [pair.messages] * 2, answers)
         except DataError as error:
             if skip_long:
                 continue
             raise DataError(f'Pair "{pair.id}": {error}') from None
         used.append(i)
-        prompts += encoded[0]
-        rows += encoded[1]
-        adapters += encoded[2]
-    found = response_logprobs(model, prompts, rows, adapters=adapters, batch_size=batch_size)
-    sums = np.array([values.sum() for values in found]).reshape(len(used), 2, branches)
+    found = branch_logprobs(model, items, batch_size=batch_size)
+    sums = np.array([values.sum(0) for values in found]).reshape(len(used), 2, len(weights))
     rewards[used] = sums @ weights
     return rewards
 

@@ -2,19 +2,19 @@
 
     inspect eval task.py --model trueline/tiny -M principle="Talk like a pirate." -M ratio=2
 
-Found by Inspect through the package's entry point. Samples that wait while a batch decodes form the
-next batch, so the more connections (`--max-connections`, 32 by default) the larger the batches.
+Found by Inspect through the package's entry point. A sample joins those under way at the next step,
+so the more connections (`--max-connections`, 32 by default) the larger the batches.
 Tools, images and penalties have no counterpart and are refused.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
 
-from trueline.engine.decoding import Decoder
+from trueline.engine.decoding import Decoder, Gathering
+from trueline.engine.protocol import Prompt, Ticket
 from trueline.errors import ConfigError, DataError, ModelError
 from trueline.integrations import split_options
 from trueline.models.load import load_model
@@ -42,9 +42,13 @@ class TruelineAPI(api.ModelAPI):
     ) -> None:  # fmt: skip
         super().__init__(model_name, base_url, api_key, [], config)
         self.method, load = split_options(model_args)
-        self.decoder = Decoder(load_model(model_name, **load))
-        self.jobs: list[SimpleNamespace] = []
+        self.decoder = Decoder(
+            load_model(model_name, **load), batch_size=ROWS, admission="each_step"
+        )
+        self.gathering = Gathering(self.decoder.model)
+        self.answers: dict[Ticket, list[Completion]] = {}
         self.lock = anyio.Lock()
+        """The engine is one thread's at a time."""
 
     def max_connections(self) -> int:
         """Return how many samples Inspect sends at a time by default."""
@@ -60,20 +64,26 @@ class TruelineAPI(api.ModelAPI):
             raise DataError("Messages must be text from system, user or assistant.")
         chat: Any = [{"role": m.role, "content": m.content} for m in input]
         request = Request(chat, self.method, sampling_params(config), config.seed or 0)
-        self.jobs.append(job := SimpleNamespace(prompt=self.decoder.encode(request), answers=None))
-        try:
-            async with self.lock:
-                if job.answers is None:
-                    batch = [job, *(other for other in self.jobs if other is not job)][:ROWS]
-                    await anyio.to_thread.run_sync(self._decode, batch)
-        finally:
-            self.jobs = [j for j in self.jobs if j is not job and j.answers is None]
-        return _output(self.model_name, job.answers)
+        return _output(self.model_name, await self._answer(self.decoder.encode(request)))
 
-    def _decode(self, jobs: list[SimpleNamespace]) -> None:
-        answers = iter(self.decoder.collect([job.prompt for job in jobs]))
-        for job in jobs:
-            job.answers = [next(answers) for _ in range(job.prompt.sampling.n)]
+    async def _answer(self, prompt: Prompt) -> list[Completion]:
+        """Decode a prompt, whoever waits taking the next step for all."""
+        async with self.lock:
+            ticket = self.decoder.add(prompt)
+        try:
+            while ticket not in self.answers:
+                async with self.lock:
+                    if ticket not in self.answers:
+                        await anyio.to_thread.run_sync(self._step)
+            return self.answers.pop(ticket)
+        except BaseException:
+            self.decoder.cancel(ticket)
+            raise
+
+    def _step(self) -> None:
+        for step in self.decoder.step():
+            if (own := self.gathering.take(step)) is not None:
+                self.answers[step.ticket] = own
 
 
 def sampling_params(config: api.GenerateConfig) -> SamplingParams:

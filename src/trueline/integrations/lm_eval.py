@@ -23,20 +23,21 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from trueline.engine.decoding import Decoder, Prompt
+from trueline.engine.decoding import Decoder
+from trueline.engine.protocol import Continuation, Prompt
+from trueline.engine.scoring import combined, longest_first, score
 from trueline.errors import ConfigError, DataError, ModelError, TruelineError, suggestion
 from trueline.integrations import split_options
-from trueline.integrations.scoring import Scored, combined_logits
 from trueline.models.load import LanguageModel, load_model
 from trueline.models.prompts import encode, render, shared_length, with_default
-from trueline.types import Message, SamplingParams, check_messages
+from trueline.types import Message, SamplingParams, base_branches, check_messages
 
 try:
     from lm_eval.api.model import LM
@@ -49,6 +50,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 CHAT = "trueline-chat:"
 """Head of a context that holds messages as JSON, for the method to write its prompts into."""
 NO_LIMIT = 2048
@@ -98,7 +100,7 @@ class TruelineLM(LM):
             if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
                 device = "auto"
             self.model = load_model(pretrained, device=device, **load)
-        if self.method.base_branches and not self.model.has_adapter:
+        if base_branches(self.method) and not self.model.has_adapter:
             raise ModelError(f'Method "{self.method.name}" needs an adapter. Give `adapter`.')
         self.seed = seed
         self._device = self.model.device
@@ -167,21 +169,16 @@ class TruelineLM(LM):
             self._prompt(r.args[0], r.args[1], self.seed + i) for i, r in enumerate(requests)
         ]
         self._report_cut("prompts", len(prompts))
-        decoder, texts = Decoder(self.model), [""] * len(prompts)
+        decoder, texts = Decoder(self.model, batch_size=self.batch_size), [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -max(map(len, prompts[i].branches)))
-        for batch in self._batches(order, "generate_until", disable_tqdm):
-            answers = decoder.collect([prompts[i] for i in batch])
-            for i, answer in zip(batch, answers, strict=True):
-                texts[i] = answer.text
-                self.cache_hook.add_partial("generate_until", requests[i].args, answer.text)
+        answers = decoder.each([prompts[i] for i in order])
+        for i, [answer] in zip(order, self._shown(answers, len(order), disable_tqdm), strict=True):
+            texts[i] = answer.text
+            self.cache_hook.add_partial("generate_until", requests[i].args, answer.text)
         return texts
 
-    def _batches(self, order: Sequence[int], name: str, quiet: bool) -> Iterator[Sequence[int]]:
-        with tqdm(total=len(order), desc=f"trueline {name}", disable=quiet) as bar:
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                yield batch
-                bar.update(len(batch))
+    def _shown(self, items: Iterable[T], total: int, quiet: bool) -> Iterable[T]:
+        return tqdm(items, total=total, desc="trueline", disable=quiet)
 
     def _messages(self, context: str) -> tuple[LanguageModel, list[Message]]:
         """Return the model that encodes a context, with a template or without, and its messages."""
@@ -204,7 +201,7 @@ class TruelineLM(LM):
         found = self.model.tokenizer.eos_token_id if found is None else found
         return self.model.pad_token_id if found is None else int(found)
 
-    def _scored(self, context: str, continuation: str) -> Scored:
+    def _scored(self, context: str, continuation: str) -> Continuation:
         """Encode a pair as the harness does: the continuation is what follows in the whole text."""
         tokenizer = self.model.tokenizer
         if not context:
@@ -224,7 +221,7 @@ class TruelineLM(LM):
         if not ids:
             raise DataError(f"Continuation {continuation!r} has no tokens of its own.")
         contexts = self._fit(bare, branches, len(ids) - 1)
-        return Scored(tuple(map(tuple, contexts)), tuple(ids))
+        return Continuation(contexts, ids)
 
     def _fit(self, bare: list[int], branches: list[list[int]], extra: int) -> list[list[int]]:
         """Return the branches cut to leave `extra` positions free: after the principle, if any.
@@ -250,7 +247,7 @@ class TruelineLM(LM):
             log.warning("%d of %d %s cut to %s positions.", self._cut, total, what, limit)
         self._cut = 0
 
-    def _windows(self, text: str) -> Iterator[Scored]:
+    def _windows(self, text: str) -> Iterator[Continuation]:
         """Cut a text into windows that predict each token once, as the harness does.
 
         A principle stands before each window. Without one, later windows start in mid-text.
@@ -270,24 +267,25 @@ class TruelineLM(LM):
                 contexts = heads
             else:
                 contexts = [[*(head if guided else []), *before] for head in heads]
-            yield Scored(tuple(map(tuple, contexts)), tuple(tokens), first)
+            yield Continuation(contexts, tokens, first=first)
             first += len(tokens)
 
-    def _score(self, items: list[Scored], quiet: bool) -> list[tuple[float, bool]]:
+    def _score(self, items: list[Continuation], quiet: bool) -> list[tuple[float, bool]]:
         """Return (log-likelihood, greedy) of each; one forward serves all that share its rows."""
-        groups: dict[Any, list[int]] = {}
-        for i, item in enumerate(items):
-            groups.setdefault((item.contexts, item.tokens[:-1], item.first), []).append(i)
-        shared = sorted(groups.values(), key=lambda group: -max(map(len, items[group[0]].rows)))
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(items)
-        for batch in self._batches(range(len(shared)), "loglikelihood", quiet):
-            logits = combined_logits(self.model, self.method, [items[shared[j][0]] for j in batch])
-            for j, z in zip(batch, logits, strict=True):
-                logprobs, best = z.log_softmax(-1), z.argmax(-1)
-                for i in shared[j]:
-                    ids = torch.tensor(items[i].tokens, device=z.device)
-                    total = logprobs.gather(-1, ids[:, None]).sum()
-                    answers[i] = (float(total), bool((best == ids).all()))
+        off = base_branches(self.method)
+        rows = self.batch_size * max((len(item.branches) for item in items), default=1)
+        for n, item in enumerate(items):
+            on = tuple(k not in off for k in range(len(item.branches)))
+            items[n] = dataclasses.replace(item, adapters=on)
+        order = longest_first(items)
+        found = score(self.model, [items[i] for i in order], rows=rows)
+        for i, logits in zip(order, self._shown(found, len(items), quiet), strict=True):
+            z = combined(self.method, logits, items[i].first)
+            logprobs, best = z.log_softmax(-1), z.argmax(-1)
+            ids = torch.tensor(items[i].tokens, device=z.device)
+            total = logprobs.gather(-1, ids[:, None]).sum()
+            answers[i] = (float(total), bool((best == ids).all()))
         return answers
 
     def _prompt(self, context: str, gen_kwargs: dict[str, Any], seed: int) -> Prompt:

@@ -43,7 +43,7 @@ def measure_points(
     points = points_of(config, grid or {}, items)
     check_plot(config.plot)
     model, settings = calling.load(config.source)
-    decoder, given = Decoder(model), len(items)
+    decoder, given = Decoder(model, batch_size=config.batch_size), len(items)
     items = metrics.fitting(decoder, points, items, skip=config.skip_long)
     own = points[-1]
     fixed = {k: v for k, v in own.fields.items() if k not in own.settings}

@@ -303,7 +303,7 @@ def _decode(
 ) -> list[Completion]:
     prompts: list[Any] = [decoder.encode(request, None, SAMPLING) for request in requests]
     done = []
-    for start in range(0, len(prompts), BATCH):
-        done += decoder.collect(prompts[start : start + BATCH])
-        on_done(min(BATCH, len(prompts) - start))
+    for own in decoder.each(prompts):
+        done += own
+        on_done(1)
     return done

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueline.errors import ConfigError, DataError
-from trueline.jobs.batches import each_batch
 from trueline.jobs.row_plan import Plan, PromptFileConfig
 from trueline.models.source import ModelConfig
 from trueline.records.disk import check_regular, replace_file
@@ -38,7 +37,8 @@ from trueline.types import (
 )
 
 if TYPE_CHECKING:
-    from trueline.engine.decoding import Decoder, Prompt, Step
+    from trueline.engine.decoding import Decoder
+    from trueline.engine.protocol import Prompt, Step
     from trueline.models.load import LanguageModel
 
 
@@ -112,7 +112,11 @@ def generate_file(
     settings = _settings(config, plan, content.sha256, about)
     if not overwrite and (total := _finished(output, settings, content.rows)) is not None:
         return FileResults(str(output), total, 0, 0, 0.0, 0)
-    decoder = Decoder(model or config.model.load())
+    decoder = Decoder(
+        model or config.model.load(),
+        batch_size=config.batch_size,
+        admission="each_step" if config.refill else "when_empty",
+    )
     prompts: dict[int, Prompt] = {}
     rows, more = _split(rows, lambda row: prompts.update({row.line: plan.encode(decoder, row)}))
     bad = sorted([*content.bad, *bad, *more], key=lambda b: b.line)
@@ -178,16 +182,13 @@ class _Run:
     def decode(self, size: int) -> None:
         """Decode and append, `size` rows at a time."""
         self._tell(self.already)
-        # Prefixes are counted over all rows, so that a resumed run keeps the same ones.
-        batches = each_batch(self.decoder, self.prompts, size, self._count, first=self.already)
-        for batch in batches:
-            first = self.file.done
-            places = range(first, first + len(batch))
-            self.file.append(
-                _output(self.rows[i], self.prompts[i], own)
-                for i, own in zip(places, batch, strict=True)
-            )
-            self._tell(self.file.done)
+        answers = self.decoder.each(self.prompts[self.already :], on_step=self._count)
+        while self.file.done < len(self.rows):
+            first, batch = self.file.done, []
+            for place, own in zip(range(first, first + size), answers, strict=False):
+                batch.append(_output(self.rows[place], self.prompts[place], own))
+                self._tell(place + 1)
+            self.file.append(batch)
 
     @property
     def seconds(self) -> float:
@@ -265,6 +266,7 @@ def _settings(
         "system": config.system,
         "seed": config.seed,
         "batch_size": config.batch_size,
+        "refill": config.refill,
         "skip_bad": config.skip_bad,
     }
     kept: dict[str, Any] = json.loads(json.dumps(found))

@@ -15,7 +15,8 @@ from trueline.settings.options import REQUIRED, option_defaults
 from trueline.types import Message, Method, Request, SamplingParams, check_seed
 
 if TYPE_CHECKING:
-    from trueline.engine.decoding import Decoder, Prompt
+    from trueline.engine.decoding import Decoder
+    from trueline.engine.protocol import Prompt
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class PromptFileConfig:
     """Rows decoded together."""
     skip_bad: bool = False
     """Put bad rows into `<output>.bad.jsonl` and answer the others."""
+    refill: bool = False
+    """Let rows take the places of those that have ended, instead of waiting for the whole batch:
+    faster where lengths differ, but a resumed run may round otherwise than an unbroken one."""
 
     def __post_init__(self) -> None:
         if isinstance(self.model, (str, Path)):

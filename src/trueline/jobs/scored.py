@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trueline.errors import ConfigError, DataError
 from trueline.evals.datasets import PersonalQuestion, load_pairs, load_personal
 from trueline.evals.items import spread, told
-from trueline.evals.likelihood import branch_rows, check_fits, response_ids
+from trueline.evals.likelihood import branch_items, response_ids
 from trueline.evals.points import Point
 from trueline.evals.preference import (
     LETTERS,
@@ -107,9 +107,7 @@ def questions_that_fit(
         letter = response_ids(model, chat, LETTERS[0])
         try:
             for user in q.users:
-                rows = branch_rows(model, method_for(personal_principle(user)), [chat], [letter])
-                for prompt, response in zip(rows[0], rows[1], strict=True):
-                    check_fits(model, prompt, response)
+                branch_items(model, method_for(personal_principle(user)), [chat], [letter])
             kept.append(q)
         except DataError as error:
             reason = str(error)

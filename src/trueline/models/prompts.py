@@ -92,12 +92,24 @@ def encode(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError("The prompt is not text: it has half of a surrogate pair.") from None
-    # Quiet about length: `Decoder.check_length` says it with the model's own limit.
+    # Quiet about length: `check_length` says it with the model's own limit.
     options = {"add_special_tokens": model.raw, "return_token_type_ids": False, "verbose": False}
     ids = list(model.tokenizer(text, **options)["input_ids"])
     if not ids and not model.raw:
         raise DataError(f'The chat template of "{model.name}" makes no prompt of this chat.')
     return ids
+
+
+def check_length(model: LanguageModel, branches: Sequence[Sequence[int]]) -> None:
+    """Raise `DataError` if a branch is empty or longer than the model has positions."""
+    longest, limit = max(map(len, branches)), model.max_positions
+    if not min(map(len, branches)):
+        raise DataError("The prompt has no tokens. Give it some text.")
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"The prompt has {longest} tokens in its longest branch; model "
+            f'"{model.name}" has {limit} positions. Shorten it.'
+        )
 
 
 def system_prefix(model: LanguageModel, messages: Sequence[Message]) -> list[int]:

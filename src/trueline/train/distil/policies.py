@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from trueline.engine.decoding import generate
-from trueline.engine.scoring import combined, forced_logits
+from trueline.engine.protocol import Continuation
+from trueline.engine.scoring import combined, score
 from trueline.errors import ConfigError
 from trueline.methods.inverse_q import floored
 from trueline.train.distil.teachers import Lesson, Teacher
-from trueline.types import Method, Request, SamplingParams
+from trueline.types import Method, Request, SamplingParams, base_branches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,71 +51,38 @@ def policies(
             where the method rules tokens out, and 0 elsewhere.
         batch_rows: See above.
     """
-    for part in _parts(teacher, lessons, batch_rows):
-        runs = {key: None for i in part for key in _keys(teacher, lessons[i], i)}
-        logits: dict[_Key, Tensor] = {}
-        for place in {key[0] for key in runs}:
-            keys = [key for key in runs if key[0] == place]
-            model = reference if place == "reference" or teacher.tuned is None else teacher.tuned
-            found = forced_logits(
-                model, [key[2] for key in keys], [completions[key[1]] for key in keys]
-            )
-            logits.update(zip(keys, found, strict=True))
-        for i in part:
-            keys = _keys(teacher, lessons[i], i)
-            z_s = _tempered(logits[keys[0]], temperature)
-            method = lessons[i].method
-            if method is None:
-                yield i, z_s, z_s
-                continue
-            z = torch.stack([logits[key].to(z_s.device) for key in keys[1:]], 1)
-            z_star = combined(method, _tempered(z, temperature))
-            masked = rules_out(cast(Hashable, method), z.shape[1])
-            share = floor if floor is not None else DEFAULT_FLOOR if masked else 0.0
-            if masked and share == 0:
-                raise ConfigError(
-                    f'`floor` is 0, but teacher "{teacher.name}" rules tokens out: its divergence '
-                    f"is infinite. Give a `floor` such as {DEFAULT_FLOOR}, or no mask."
-                )
-            yield i, floored(z_star, z_s, share) if share else z_star, z_s
-
-
-_Key = tuple[str, int, tuple[int, ...]]
-"""A row of a forward: which model, which completion, after which prompt."""
-
-
-def _keys(teacher: Teacher, lesson: Lesson, row: int) -> list[_Key]:
-    """Return the forward rows of a lesson: the reference's, then each branch's."""
-    base = lesson.method.base_branches if lesson.method is not None else ()
-    tuned = teacher.tuned is not None and lesson.method is not None
-    places = ["tuned" if tuned and k not in base else "reference" for k in _range(lesson)]
-    branches = zip(places, lesson.branches, strict=True)
-    return [
-        ("reference", row, tuple(lesson.prompt)),
-        *((place, row, tuple(ids)) for place, ids in branches),
+    tuned = teacher.tuned
+    items = [
+        Continuation([lesson.prompt, *lesson.branches], tokens, _adapters(teacher, lesson))
+        for lesson, tokens in zip(lessons, completions, strict=True)
     ]
+    base = None if tuned is None else reference
+    found = score(tuned or reference, items, rows=batch_rows, base=base)
+    for i, logits in enumerate(found):
+        z, method = logits if temperature == 1 else logits / temperature, lessons[i].method
+        z_s = z[:, 0]
+        if method is None:
+            yield i, z_s, z_s
+            continue
+        z_star = combined(method, z[:, 1:])
+        masked = rules_out(cast(Hashable, method), z.shape[1] - 1)
+        share = floor if floor is not None else DEFAULT_FLOOR if masked else 0.0
+        if masked and share == 0:
+            raise ConfigError(
+                f'`floor` is 0, but teacher "{teacher.name}" rules tokens out: its divergence '
+                f"is infinite. Give a `floor` such as {DEFAULT_FLOOR}, or no mask."
+            )
+        yield i, floored(z_star, z_s, share) if share else z_star, z_s
 
 
-def _range(lesson: Lesson) -> range:
-    return range(len(lesson.branches))
-
-
-def _parts(teacher: Teacher, lessons: Sequence[Lesson], batch_rows: int) -> Iterator[list[int]]:
-    """Cut the rows into parts of at most `batch_rows` forward rows, one lesson at least."""
-    part: list[int] = []
-    size = 0
-    for i, lesson in enumerate(lessons):
-        rows = len(set(_keys(teacher, lesson, i)))
-        if part and size + rows > batch_rows:
-            yield part
-            part, size = [], 0
-        part, size = [*part, i], size + rows
-    if part:
-        yield part
-
-
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    return logits.float() if temperature == 1 else logits.float() / temperature
+def _adapters(teacher: Teacher, lesson: Lesson) -> tuple[bool, ...] | None:
+    """Return which rows of a lesson are a tuned model's: the branches that do not want its base."""
+    if teacher.tuned is None:
+        return None
+    if lesson.method is None:
+        return (False,) * (1 + len(lesson.branches))
+    base = base_branches(lesson.method)
+    return (False, *(k not in base for k in range(len(lesson.branches))))
 
 
 @functools.lru_cache(maxsize=1024)

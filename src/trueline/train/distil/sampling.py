@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trueline.engine.decoding import Decoder, Prompt
+from trueline.engine.decoding import Decoder
+from trueline.engine.protocol import Prompt
 from trueline.methods.plain import Plain
 from trueline.models.prompts import shared_length
 from trueline.train.distil.teachers import Lesson, Teacher
@@ -109,7 +110,8 @@ def _drawn(
         shared = [prefixes[method, k] for k in range(len(branches))]
         starts = tuple(() if s is b else tuple(s) for s, b in zip(shared, branches, strict=True))
         prompts.append(Prompt(branches, method, sampling, seed, starts))
-    return [answer.token_ids for answer in Decoder(model).collect(prompts)]
+    decoder = Decoder(model, batch_size=len(prompts))
+    return [answer.token_ids for answer in decoder.complete(prompts)]
 
 
 @dataclass(frozen=True)

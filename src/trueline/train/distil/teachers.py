@@ -29,7 +29,7 @@ from trueline.methods import METHODS, make_method
 from trueline.methods.plain import Plain
 from trueline.models.load import LanguageModel, load_model
 from trueline.models.prompts import chat_of, encode
-from trueline.types import Message, Method
+from trueline.types import Message, Method, base_branches
 
 TEACHERS = ("principle", "linear-alignment", "checkpoints", *(m for m in METHODS if m != "plain"))
 STUDENTS = ("plain", "prompted")
@@ -196,7 +196,7 @@ def make_teacher(
         raise ConfigError(f'Teacher "{name}" takes no `principle`. Leave it out.')
     # A stand-in lets the method check its options before any row is seen.
     method = teacher.method(principle or ("a principle" if teacher._needs_principle else None))
-    if method.base_branches and tuned is None:
+    if base_branches(method) and tuned is None:
         raise ConfigError(
             f'Teacher "{name}" runs a branch without the adapter, but the adapter is what is being '
             'learned. Take "checkpoints" with `tuned`.'

@@ -1,0 +1,158 @@
+"""Completions under way, the rows they hold, and the choice of their next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from trueline.engine.protocol import Step, Ticket
+from trueline.engine.sampling import penalise_repetition, sample, uniforms
+from trueline.errors import ModelError
+from trueline.models.detokenizer import Detokenizer
+from trueline.models.load import LanguageModel
+from trueline.types import FinishReason, Method, first_tokens, rest_branch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(eq=False)
+class Draft:
+    """One completion under way."""
+
+    ticket: Ticket
+    sample: int
+    limit: int
+    """Tokens it may have."""
+    draws: Tensor | None
+    detokenizer: Detokenizer | None
+    seen: set[int]
+    """Ids of the first branch and of the completion, for the repetition penalty."""
+    branches: list[int]
+    """Which branches still run; none where it is not wanted any more."""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def runs(self, branch: int) -> bool:
+        """Return whether a branch needs its row any longer."""
+        return self.finish_reason is None and branch in self.branches
+
+    def advance(self, token: int, eos: frozenset[int], extra: dict[str, Any]) -> Step:
+        """Add a token and see whether the completion ends."""
+        position, text = len(self.token_ids), self.detokenizer
+        method = self.ticket.prompt.method
+        self.token_ids.append(token)
+        self.seen.add(token)
+        piece = text.push(token) if text else ""
+        if token in eos or (text and text.stopped):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.limit:
+            self.finish_reason = "length"
+        elif len(self.token_ids) == first_tokens(method):
+            self.branches = [rest_branch(method)]
+        if text and self.finish_reason:
+            piece += text.finish()
+        return Step(self.ticket, self.sample, position, token, piece, self.finish_reason, **extra)
+
+
+Rows = list[tuple[Draft, int]]
+"""What each row of the batch is: a completion and one of its branches."""
+
+
+def begin(ticket: Ticket, model: LanguageModel) -> list[Draft]:
+    """Return the completions of a request, nothing decoded yet."""
+    prompt, params = ticket.prompt, ticket.prompt.sampling
+    room, limit = params.max_new_tokens, model.max_positions
+    if limit is not None:
+        # The last token is never fed back, so one more than the free positions can be had.
+        room = min(room, limit - max(map(len, prompt.branches)) + 1)
+    drafts = []
+    for j in range(params.n):
+        text = ticket.text or params.stop
+        drafts.append(
+            Draft(
+                ticket,
+                j,
+                room,
+                draws=None if params.greedy else uniforms(prompt.seed + j, room),
+                detokenizer=Detokenizer(model.tokenizer, params.stop) if text else None,
+                seen=set(prompt.branches[0]),
+                branches=list(range(len(prompt.branches))),
+            )
+        )
+    return drafts
+
+
+@dataclass
+class Group:
+    """Completions whose logits are combined together, and their rows."""
+
+    drafts: list[Draft] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+
+def groups_of(rows: Rows) -> list[Group]:
+    """Gather live completions by method, number of live branches and sampling settings."""
+    groups: dict[Any, Group] = {}
+    for row, (draft, branch) in enumerate(rows):
+        if not draft.runs(branch):
+            continue
+        prompt = draft.ticket.prompt
+        key = (_identity(prompt.method), len(draft.branches), prompt.sampling)
+        group = groups.setdefault(key, Group())
+        group.rows.append(row)
+        if branch == draft.branches[0]:
+            group.drafts.append(draft)
+    return list(groups.values())
+
+
+def _identity(method: Method) -> Hashable:
+    """Return what methods that may be combined together share."""
+    try:
+        hash(method)
+    except TypeError:
+        return id(method)
+    return cast(Hashable, method)
+
+
+def choose(model: LanguageModel, drafts: Sequence[Draft], logits: Tensor) -> list[Step]:
+    """Draw the next token of each of a group's completions from its rows' logits (row, vocab)."""
+    first = drafts[0]
+    prompt = first.ticket.prompt
+    params, method = prompt.sampling, prompt.method
+    z = logits.view(len(drafts), -1, logits.shape[-1])
+    if not params.greedy and params.temperature != 1:
+        z = z / params.temperature
+    contrasted = len(first.branches) == len(prompt.branches)
+    combined = method.combine(z) if contrasted else z[:, 0]
+    if params.repetition_penalty != 1:
+        seen = [sorted(draft.seen) for draft in drafts]
+        combined = penalise_repetition(combined.clone(), seen, params.repetition_penalty)
+    draws = [draft.draws[len(draft.token_ids)] for draft in drafts if draft.draws is not None]
+    tokens = sample(combined, params, torch.stack(draws) if draws else None)
+    if not combined.gather(-1, tokens[:, None]).isfinite().all():
+        raise ModelError(
+            f'Model "{model.name}" gave logits that are not finite. Load it with '
+            "--dtype float32 or bfloat16 (`dtype=`)."
+        )
+    logprobs = _logprobs(combined, z[:, 0], tokens) if params.logprobs else None
+    steps = []
+    for i, (draft, token) in enumerate(zip(drafts, tokens.tolist(), strict=True)):
+        extra: dict[str, Any] = {}
+        if logprobs is not None:
+            extra = {"logprob": logprobs[0][i], "branch_logprob": logprobs[1][i]}
+        if draft.ticket.record:
+            extra |= {"logits": z[i].clone(), "combined": combined[i].clone()}
+        steps.append(draft.advance(token, model.eos_token_ids, extra))
+    return steps
+
+
+def _logprobs(combined: Tensor, branch: Tensor, tokens: Tensor) -> tuple[list[float], list[float]]:
+    """Return the tokens' log-probabilities under the combined and the first branch's logits."""
+    index = tokens[:, None]
+    return tuple(  # type: ignore[return-value]
+        (z.gather(-1, index)[:, 0] - z.logsumexp(-1)).tolist() for z in (combined, branch)
+    )

@@ -1,0 +1,366 @@
+"""The scheduler and its batch: who joins gets the tokens that it would get alone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import CHATML, byte_tokenizer, random_model
+
+from trueline import (
+    AdaCD,
+    Blend,
+    ConfigError,
+    Contrast,
+    DataError,
+    Decoder,
+    LanguageModel,
+    LinearAlignment,
+    Plain,
+    Prompt,
+    Request,
+    SamplingParams,
+    SelfCD,
+    generate,
+)
+from trueline.engine.batch import Batch
+from trueline.engine.cache import PrefixStore
+from trueline.engine.scheduler import Scheduler
+from trueline.models.prompts import encode
+
+QUESTIONS = ["Hi", "What is the moon made of, and what is it for?", "Name three birds, please."]
+PRINCIPLE = "Talk like a pirate."
+METHODS = [
+    Plain(),
+    LinearAlignment(PRINCIPLE),
+    SelfCD(plausibility=0.1, first_tokens=3),
+    AdaCD(first_tokens=5),
+    Contrast(guidance=2, negative="Be rude."),
+    Blend(((PRINCIPLE, 2.0), ("Be brief.", -1.0))),
+]
+
+
+def requests(count: int = 12) -> list[Request]:
+    """Methods of one to three branches, questions, lengths, temperatures and n mixed."""
+    found = []
+    for i in range(count):
+        params = SamplingParams(max_new_tokens=3 + 5 * (i % 4), temperature=(i % 3) * 0.8)
+        if i % 6 == 2:
+            params = dataclasses.replace(params, n=2, repetition_penalty=1.2)
+        found.append(Request(QUESTIONS[i % 3] * (1 + i % 2), METHODS[i % 6], params, seed=i))
+    return found
+
+
+def ids_of(completions) -> list[list[int]]:
+    return [c.token_ids for c in completions]
+
+
+def alone(lm: LanguageModel, request: Request) -> list[list[int]]:
+    return ids_of(generate(lm, [request]))
+
+
+def arrive(decoder: Decoder, given: list[Request], every: int) -> dict[int, list[list[int]]]:
+    """Add a request every so many steps while the others are under way; return their tokens."""
+    tickets, waiting = {}, list(enumerate(given))
+    found: dict[int, list[list[int]]] = {i: [[] for _ in range(_n(r))] for i, r in waiting}
+    for count in itertools.count():
+        if waiting and count % every == 0:
+            i, request = waiting.pop(0)
+            tickets[decoder.add(decoder.encode(request))] = i
+        steps = decoder.step()
+        for step in steps:
+            own = found[tickets[step.ticket]][step.sample]
+            assert step.position == len(own)
+            own.append(step.token_id)
+        if not steps and not waiting:
+            return found
+
+
+def _n(request: Request) -> int:
+    return request.sampling.n
+
+
+class TestJoining:
+    @pytest.mark.parametrize("every", [1, 2, 5])
+    def test_the_tokens_are_those_of_the_request_alone(self, lm, every):
+        given = requests()
+        decoder = Decoder(lm, batch_size=5, admission="each_step")
+        found = arrive(decoder, given, every)
+        for i, request in enumerate(given):
+            assert found[i] == alone(lm, request), i
+
+    @pytest.mark.parametrize("size", [1, 3, 8])
+    def test_refilled_batches_give_the_same_texts(self, lm, size):
+        given = requests()
+        expected = [tokens for request in given for tokens in alone(lm, request)]
+        assert ids_of(generate(lm, given, batch_size=size, refill=True)) == expected
+
+    def test_gemma3_beyond_its_window(self):
+        lm = LanguageModel(random_model("gemma3_text"), byte_tokenizer(), "gemma3")
+        given = [dataclasses.replace(r, messages=r.messages * 2) for r in requests(8)]
+        found = arrive(Decoder(lm, batch_size=4, admission="each_step"), given, 2)
+        assert [found[i] for i in range(8)] == [alone(lm, request) for request in given]
+
+    def test_with_an_adapter_off_in_some_branches(self, tuned):
+        methods = [Contrast(base=True, guidance=2), Plain(), LinearAlignment(PRINCIPLE)]
+        params = SamplingParams(max_new_tokens=9)
+        given = [Request(QUESTIONS[i % 3], methods[i % 3], params) for i in range(6)]
+        found = arrive(Decoder(tuned, batch_size=3, admission="each_step"), given, 2)
+        assert [found[i] for i in range(6)] == [alone(tuned, request) for request in given]
+
+    def test_a_row_at_the_last_position_beside_one_that_begins(self):
+        for kind in ("llama", "gpt2"):
+            lm = LanguageModel(random_model(kind, positions=64), byte_tokenizer(), kind)
+            lm.__dict__["eos_token_ids"] = frozenset()
+            params = SamplingParams(max_new_tokens=500)
+            given = [Request(q, Plain(), params) for q in ("Hi", "x" * 40, "Why?", "y" * 30) * 3]
+            found = arrive(Decoder(lm, batch_size=3, admission="each_step"), given, 7)
+            assert [found[i] for i in range(12)] == [alone(lm, request) for request in given]
+            assert ids_of(generate(lm, given, batch_size=3, refill=True)) == [
+                ids for i in range(12) for ids in found[i]
+            ]
+
+    def test_columns_that_no_row_uses_are_dropped(self, llama, monkeypatch):
+        """Else the oldest row's length would grow with the run."""
+        widths = []
+        call = Batch._call
+
+        def spy(self, ids, positions):
+            logits = call(self, ids, positions)
+            widths.append(self.cache.get_seq_length())
+            return logits
+
+        monkeypatch.setattr(Batch, "_call", spy)
+        params = SamplingParams(max_new_tokens=10)
+        decoder = Decoder(llama, batch_size=2, admission="each_step")
+        arrive(decoder, [Request("Hi", Plain(), params)] * 30, 5)
+        assert max(widths) <= 2 * (len(encode(llama, [{"role": "user", "content": "Hi"}])) + 10)
+
+
+@pytest.fixture(scope="module")
+def tuned() -> LanguageModel:
+    """A random Llama with an adapter that changes its answers."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(random_model("llama"), config)
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return LanguageModel(model, byte_tokenizer(CHATML), "tuned")
+
+
+class TestAdmission:
+    def test_when_empty_waits_for_the_whole_batch(self, llama):
+        decoder = Decoder(llama, batch_size=2)
+        lengths = (2, 5, 3)
+        tickets = [
+            decoder.add(decoder.encode("Hi", None, SamplingParams(max_new_tokens=n)))
+            for n in lengths
+        ]
+        llama.__dict__["eos_token_ids"] = frozenset()
+        try:
+            seen = [[s.ticket.number for s in steps] for steps in iter(decoder.step, [])]
+        finally:
+            del llama.__dict__["eos_token_ids"]
+        assert seen == [[0, 1]] * 2 + [[1]] * 3 + [[2]] * 3
+        assert [ticket.number for ticket in tickets] == [0, 1, 2]
+
+    def test_each_step_begins_all_that_wait_or_an_eighth(self):
+        scheduler = Scheduler(16, "each_step")
+        prompt = Prompt([[1]])
+        first = [scheduler.add(prompt, False, True) for _ in range(16)]
+        assert scheduler.admit() == first
+        one = scheduler.add(prompt, False, True)
+        assert scheduler.admit() == []
+        scheduler.end(first[0])
+        assert scheduler.admit() == [one], "all that wait"
+        three = [scheduler.add(prompt, False, True) for _ in range(3)]
+        scheduler.end(first[1])
+        assert scheduler.admit() == [], "one place of 16 is not worth a prefill for one of three"
+        scheduler.end(first[2])
+        assert scheduler.admit() == three[:2]
+
+    def test_bad_options(self, llama):
+        with pytest.raises(ConfigError, match='"when_empty" or "each_step", got .always.'):
+            Decoder(llama, admission="always")
+        with pytest.raises(ConfigError, match="`batch_size` must be"):
+            Decoder(llama, batch_size=0)
+        with pytest.raises(DataError, match="no tokens"):
+            Decoder(llama).add(Prompt([[]]))
+
+
+class TestCancelling:
+    def test_the_others_go_on(self, lm):
+        params = SamplingParams(max_new_tokens=12)
+        given = [Request(q, m, params) for q, m in zip(QUESTIONS, METHODS, strict=False)]
+        decoder = Decoder(lm, batch_size=2, admission="each_step")
+        tickets = [decoder.add(decoder.encode(r)) for r in given]
+        found = {ticket: [] for ticket in tickets}
+        for count in itertools.count():
+            if count == 3:
+                decoder.cancel(tickets[1])
+            if not (steps := decoder.step()):
+                break
+            for step in steps:
+                found[step.ticket].append(step.token_id)
+        assert len(found[tickets[1]]) == 3
+        assert [found[tickets[0]]] == alone(lm, given[0])
+        assert [found[tickets[2]]] == alone(lm, given[2]), "it took the place"
+        decoder.cancel(tickets[0])
+        assert decoder.step() == []
+
+    def test_waiting_and_twice(self, llama):
+        decoder = Decoder(llama, batch_size=1)
+        first, second = (decoder.add(decoder.encode(q)) for q in ("Hi", "Why?"))
+        for _ in range(2):
+            decoder.cancel(second)
+        assert {s.ticket for steps in iter(decoder.step, []) for s in steps} == {first}
+
+    def test_who_stops_listening_leaves_nothing_under_way(self, llama):
+        decoder = Decoder(llama)
+        stream = decoder.stream(["Hi", "Why?"])
+        next(stream)
+        stream.close()
+        assert decoder.step() == []
+
+    def test_two_listeners_each_get_their_own(self, llama):
+        params = SamplingParams(max_new_tokens=6)
+        expected = ids_of(generate(llama, ["Hi", "Why?"], None, params))
+        decoder = Decoder(llama)
+        both = [decoder.stream([q], None, params) for q in ("Hi", "Why?")]
+        found = [[], []]
+        for pair in itertools.zip_longest(*both):
+            for own, step in zip(found, pair, strict=True):
+                if step is not None:
+                    own.append(step.token_id)
+        assert found == expected
+
+    def test_after_an_error_in_a_step_the_engine_is_empty_and_works(self, llama):
+        broken = LanguageModel(copy.deepcopy(llama.model), llama.tokenizer, "broken")
+        decoder = Decoder(broken)
+        decoder.add(decoder.encode("Hi"))
+        weight = broken.model.lm_head.weight
+        kept = weight.detach().clone()
+        torch.nn.init.constant_(weight, float("nan"))
+        with pytest.raises(Exception, match="not finite"):
+            decoder.step()
+        with torch.no_grad():
+            weight.copy_(kept)
+        assert decoder.step() == []
+        assert ids_of(decoder.complete([decoder.encode("Hi")])) == alone(llama, Request("Hi"))
+
+
+class TestPrefixes:
+    def test_what_came_before_changes_no_bit(self, llama):
+        params = SamplingParams(max_new_tokens=6, logprobs=True)
+        systems = [f"You are a kind assistant with the number {n}." for n in (1, 1, 1, 1, 2, 12)]
+        given = [
+            [{"role": "system", "content": s}, {"role": "user", "content": q}]
+            for s, q in zip(systems, QUESTIONS * 2, strict=True)
+        ]
+        fresh, used = Decoder(llama), Decoder(llama)
+        for text in ("You are a kind assistant with the number 12.", "You are a kind"):
+            chat = [{"role": "system", "content": text}, {"role": "user", "content": "Hi"}]
+            used.complete([used.encode(chat, SelfCD(), params)])
+        assert used.backend.store.entries, "the past left something"
+        pair = [d.complete([d.encode(c, SelfCD(), params) for c in given]) for d in (fresh, used)]
+        assert [c.logprobs for c in pair[0]] == [c.logprobs for c in pair[1]]
+
+    def test_only_prefixes_that_many_requests_share_are_computed_apart(self, llama):
+        decoder = Decoder(llama)
+        shared, own = [(5, 6, 7, 8, n) for n in range(2)]
+        prompts = [Prompt([[*shared, 9]], prefixes=(shared,))] * 4
+        decoder.complete([*prompts, Prompt([[*own, 9]], prefixes=(own,))])
+        assert list(decoder.backend.store.entries) == [(True, shared)]
+
+    def test_the_adapter_is_part_of_the_key(self, tuned):
+        """Its keys and values off the adapter are others: two entries, and the right one each."""
+        system = [{"role": "system", "content": "You are a kind and helpful assistant."}]
+        chat = [*system, {"role": "user", "content": "Hi"}]
+        params = SamplingParams(max_new_tokens=8)
+        decoder = Decoder(tuned)
+        both = decoder.encode(chat, Contrast(base=True, guidance=2), params)
+        plain = decoder.encode(chat, Plain(), params)
+        apart = Decoder(tuned, share_prefixes=False)
+        expected = [ids_of(apart.complete([p])) for p in (both, plain)]
+        for _ in range(2):
+            assert [ids_of(decoder.complete([p])) for p in (both, plain)] == expected
+        assert [on for on, _ in decoder.backend.store.entries] == [False, True]
+        store = decoder.backend.store
+        ids = next(key[1] for key in store.entries)
+        assert store.longest(True, ids)[0] is not store.longest(False, ids)[0]
+
+    def test_bounded_by_number_and_by_bytes(self, llama):
+        batch = Batch(llama, [[5, 6, 7, 8]], [True])
+        batch.prefill(None)
+        one = PrefixStore()
+        one.put(True, [5, 6, 7, 8], batch.cache, 0)
+        few = PrefixStore(max_bytes=2 * one.nbytes)
+        for n in range(5):
+            few.put(True, [n, 6, 7, 8], batch.cache, 0)
+        assert [ids[0] for _, ids in few.entries] == [3, 4]
+        assert few.knows((True, (3, 6, 7, 8)))
+        few.put(True, [9, 6, 7, 8], batch.cache, 0)
+        assert [ids[0] for _, ids in few.entries] == [3, 9], "the least recently used goes"
+        none = PrefixStore(max_bytes=one.nbytes - 1)
+        none.put(True, [5, 6, 7, 8], batch.cache, 0)
+        assert not none.entries
+
+    def test_system_texts_are_not_remembered_for_ever(self, llama):
+        decoder = Decoder(llama)
+        for n in range(300):
+            decoder.encode(
+                [{"role": "system", "content": f"{n}"}, {"role": "user", "content": "a"}]
+            )
+        assert decoder.backend._prefix_of.cache_info().currsize <= 256
+
+
+def test_adapters_off_are_kept_apart_where_a_batch_is_cut(tuned):
+    """`select` and `join` move the switch of each row with its keys and values."""
+    rows = [encode(tuned, [{"role": "user", "content": q}]) for q in QUESTIONS]
+    batch = Batch(tuned, rows, [True, False, True])
+    with torch.inference_mode():
+        batch.prefill(None)
+        batch.select([1, 2])
+        other = Batch(tuned, rows[:2], [False, True])
+        other.prefill(None)
+        assert batch.join(other, [0]) == [0, 2]
+    assert batch.adapters == [False, True, True]
+
+
+class TestOwnMethods:
+    def test_a_plain_class_with_a_name_prompts_and_combine(self, lm):
+        class Halfway:
+            name = "halfway"
+
+            def prompts(self, messages):
+                system = {"role": "system", "content": PRINCIPLE}
+                return [[system, *messages], list(messages)]
+
+            def combine(self, logits):
+                return logits.mean(1)
+
+        found = ids_of(generate(lm, QUESTIONS, Halfway(), SamplingParams(max_new_tokens=8)))
+        same = LinearAlignment(PRINCIPLE, ratio=-0.5, top_p=1)
+        assert found == ids_of(generate(lm, QUESTIONS, same, SamplingParams(max_new_tokens=8)))
+
+    def test_a_method_that_cannot_be_hashed(self, llama):
+        @dataclass
+        class Mine:
+            name = "mine"
+            text: list[str]
+
+            def prompts(self, messages):
+                return [list(messages)]
+
+            def combine(self, logits):
+                return logits[:, 0]
+
+        params = SamplingParams(max_new_tokens=4)
+        found = generate(llama, QUESTIONS, Mine(["a"]), params)
+        assert ids_of(found) == ids_of(generate(llama, QUESTIONS, Plain(), params))
