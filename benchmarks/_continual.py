@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks._continual_model import States, upper_model
-from trueline.continual.files import preset
-from trueline.continual.folder import StreamResult
-from trueline.continual.metrics import over_seeds, summary
 from trueline.continual.strategies import make_strategy
 from trueline.continual.stream import StreamConfig, run_stream
-from trueline.continual.tasks import PromptForm, Task, union_of_labels
 from trueline.evals.statistics import Estimate
+from trueline.evals.transfer import over_seeds, summary
+from trueline.jobs.stacking import StackResults
 from trueline.records.disk import replace_file
+from trueline.train.tasks.stream_files import preset
+from trueline.train.tasks.task import PromptForm, Task, union_of_labels
 
 TASKS = ["MNLI", "CB", "WiC", "QQP", "IMDB", "yelp", "amazon", "SST-2", "dbpedia", "agnews"]
 """Of the 14 at hand those on which this model learns something; WiC stands for those on which it
@@ -128,7 +128,7 @@ class Bench:
         folder: Path,
         *,
         tuning: bool,
-    ) -> StreamResult:
+    ) -> StackResults:
         """Train a strategy on an order and measure it, on validation rows if `tuning`."""
         tasks = self.tasks(order)
         return run_stream(

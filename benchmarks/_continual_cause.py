@@ -12,11 +12,11 @@ from torch import Tensor
 
 from benchmarks._continual import BATCH, PROMPT, STACKED, TUNE_ORDERS, TUNE_SEED, Bench, Choice
 from benchmarks._report import table
-from trueline.continual.answers import by_length
-from trueline.continual.families import kind_of
-from trueline.continual.tasks import union_of_labels
 from trueline.train.adapters.stack import AdapterStack
 from trueline.train.keep.second_moments import input_moments
+from trueline.train.tasks.answers import by_length
+from trueline.train.tasks.families import family_of
+from trueline.train.tasks.task import union_of_labels
 
 DIRECTIONS = 8
 STRATEGIES = ("inc-lora", "o-lora", "inf-lora", "drift")
@@ -71,13 +71,13 @@ def inputs(bench: Bench, protocol: str) -> Inputs:
     tasks = bench.tasks(TUNE_ORDERS[0])
     model, states = bench.factory(tasks)()
     modules = [name for name, _ in model.named_modules() if name.endswith(STACKED)]
-    kind = kind_of(model, states, union=union_of_labels(tasks), prompt=PROMPT,
+    family = family_of(model, states, union=union_of_labels(tasks), prompt=PROMPT,
                    train_labels=protocol)  # fmt: skip
     factors = []
     for task in tasks:
-        rows = kind.encode(task, task.train[: bench.size.rows])
+        rows = family.encode(task, task.train[: bench.size.rows])
         places = by_length([row["input_ids"] for row in rows], BATCH)
-        batches = [kind.collate([rows[i] for i in part]) for part in places]
+        batches = [family.collate([rows[i] for i in part]) for part in places]
         fed = [{k: batch[k] for k in ("input_ids", "attention_mask")} for batch in batches]
         factors.append(input_moments(model, fed, modules))
     return factors, {name: model.get_submodule(name).weight.detach() for name in modules}

@@ -19,9 +19,9 @@ from benchmarks._continual import (
     measures,
 )
 from benchmarks._report import table
-from trueline.continual.metrics import mean_matrix, over_seeds, summary
 from trueline.continual.strategies import STRATEGIES
 from trueline.evals.statistics import Estimate
+from trueline.evals.transfer import mean_matrix, over_seeds, summary
 
 GIVEN = {
     "per-task": "text, and which task it is",
@@ -146,7 +146,7 @@ def draw(
     swept: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the strategies side by side, R of each as a heat map, and the curve."""
-    from trueline.continual.figures import draw_matrix, draw_strategies
+    from trueline.evals.transfer_figures import draw_matrix, draw_strategies
 
     shown = ("average_accuracy", "backward_transfer", "learning_accuracy")
     bars = {n: {m: v for m, v in values.items() if m in shown} for n, values in found.items()}
@@ -170,7 +170,7 @@ def draw(
 
 def curve(tuned: Sequence[Mapping[str, Any]], protocol: str) -> Any:
     """Return backward transfer against learning accuracy, one line for each strategy."""
-    from trueline.continual.figures import draw_trade_off
+    from trueline.evals.transfer_figures import draw_trade_off
 
     points = []
     for name in (*CURVE, "replay"):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from trueline.cli import COMMANDS, main
 
 DISTIL = ("distil",) if "distil" in COMMANDS else ("train", "inverse-q")
-STACK = ("stack",) if "stack" in COMMANDS else ("train", "o-lora")
+STACK = ("stack",)
 HI = '{"prompt": "Hi"}\n'
 DEEP = "[" * 100_000
 PRINCIPLE = {"prompt": "Hi", "principle": "Be brief."}

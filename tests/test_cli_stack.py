@@ -1,4 +1,4 @@
-"""`trueline train o-lora` and what `trueline export` makes of it, as a user calls them."""
+"""`trueline stack` and what `trueline export` makes of it, as a user calls them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 
 from trueline.cli import build_parser, main
-from trueline.continual.strategies import STRATEGIES
+from trueline.jobs.stacking import StackConfig, stack
+from trueline.train.keep import KEEP
 
 LOADERS = {"llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
 WORDS = {"colour": {"rose": "red", "sky": "blue"}, "size": {"ant": "small", "whale": "big"}}
@@ -64,7 +65,7 @@ def two(tmp_path_factory) -> Path:
 
 def train(tasks: Path, model: Path | str, folder: Path | str, *more: object) -> int:
     few = ("--batch-size", 4, "--rank", 2, "--evaluate-limit", 4, "--threads", 1)
-    command = ("train", "o-lora", "--tasks", tasks, "--model", model, "--output", folder)
+    command = ("stack", "--tasks", tasks, "--model", model, "--output", folder)
     return call(*command, *few, *more)
 
 
@@ -202,7 +203,7 @@ def test_the_card_says_what_was_trained_how_and_what_came_out(streamed, models, 
     assert body.startswith("\n# three sources\n")
     for part in (
         f"{models / 'llama'}, hash {kept['model']}", '"name": "o-lora", "lambda_1": 0.5',
-        "news, own, moods", "| seed | 0 |", "| peft |", "trueline train o-lora --tasks",
+        "news, own, moods", "| seed | 0 |", "| peft |", "trueline stack --tasks",
         "Is it a flower?", "lambda_1 3.0, lambda_2 0.5, rank 4, limit 8", "sad, glad",
         f"| average_accuracy | {found['measures']['average_accuracy']:.4g} |",
         f"trueline export --adapters {streamed} --to one", "(R.png)", "(time.png)",
@@ -218,7 +219,7 @@ def test_the_card_says_what_was_trained_how_and_what_came_out(streamed, models, 
 def test_the_same_command_again_shows_the_same_and_trains_nothing(
     three, models, streamed, capsys, monkeypatch
 ):
-    monkeypatch.setattr("trueline.continual.stream.make_trainer", None)
+    monkeypatch.setattr("trueline.train.tasks.stacked.AdapterTrainer", None)
     card = (streamed / "README.md").read_text()
     options = ("--learning-rate", "1e-2", "--json")
     assert train(three, models / "llama", streamed, *options) == 0
@@ -232,14 +233,32 @@ def test_the_bar_names_the_task_and_is_all_that_is_printed(two, models, tmp_path
     assert train(two, models / "llama", tmp_path / "run") == 0
     shown = capsys.readouterr()
     lines = [x for x in shown.err.replace("\r", "\n").splitlines() if x.strip()]
+    assert lines
     assert all("/6 [" in line for line in lines), lines
-    seen = {line.split(":  ")[0].split(": 1")[0].split(":   ")[0] for line in lines}
-    assert {"measuring", "colour", "colour: measuring", "size: measuring"} <= seen, seen
-    assert "loss=" in lines[-1]
+    assert "size: measuring" in lines[-1]
     table = shown.out.splitlines()
     assert table[0].split() == ["colour", "size"]
     assert [line.split()[0] for line in table[1:4]] == ["untouched", "colour", "size"]
     assert f"trueline export --adapters {tmp_path / 'run'}" in shown.out
+
+
+def test_progress_names_the_task_and_counts_every_step(two, models, tmp_path):
+    told = []
+    config = StackConfig(
+        tasks=str(two), model=str(models / "llama"), batch_size=4, rank=2, evaluate_limit=4,
+        logging_steps=2,
+    )  # fmt: skip
+    results = stack(config, tmp_path / "run", progress=lambda *what: told.append(what))
+    assert {total for _, _, total in told} == {6}
+    steps = [done for what, done, _ in told if "measuring" not in what]
+    assert steps == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert [(what, done) for what, done, _ in told if "measuring" in what] == [
+        ("measuring", 0), ("colour: measuring", 3), ("size: measuring", 6)]  # fmt: skip
+    assert [what.split("=")[0] for what, _, _ in told[-4:]] == [
+        "size", "size", "size: loss", "size: measuring"]  # fmt: skip
+    assert results.as_dict() == json.loads((tmp_path / "run/R.json").read_text())
+    again = stack(config, tmp_path / "run")
+    assert again.as_dict() == results.as_dict()
 
 
 def test_a_preset_without_a_task_that_is_not_there(models, tmp_path):
@@ -266,22 +285,35 @@ def test_real_tasks_on_a_real_small_model(shared, tmp_path):
     assert all(0 <= value <= 1 for row in found["R"] for value in row)
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
-def test_every_strategy_trains_measures_and_is_told_apart(name, two, models, tmp_path, capsys):
+@pytest.mark.parametrize("name", list(KEEP))
+def test_every_way_trains_measures_and_is_told_apart(name, two, models, tmp_path):
     folder = tmp_path / "run"
-    assert train(two, models / "llama", folder, "--strategy", name) == 0
+    assert train(two, models / "llama", folder, "--keep", name) == 0
     found = json.loads((folder / "R.json").read_text())
-    assert (found["strategy"], found["finished"]) == (name, True)
-    assert len(found["R"]) == (1 if name == "multi-task" else 2)
+    assert (found["strategy"], found["finished"], len(found["R"])) == (name, True, 2)
     text = (folder / "README.md").read_text()
-    assert f'by the strategy "{name}"' in text
-    adapters = {"seq-ft": 0, "per-task": 0, "seq-lora": 1, "replay": 1, "ewc": 1, "multi-task": 1}
-    assert len(found["adapters"]) == adapters.get(name, 2)
-    code = call("export", "--adapters", folder, "--to", tmp_path / "one")
-    assert code == (0 if found["adapters"] else 2)
-    assert ("trueline export" in python_of(folder)) == bool(found["adapters"])
-    if not found["adapters"]:
-        assert f'the strategy "{name}" has none' in capsys.readouterr().err
+    assert f'was kept by "{name}"' in text
+    assert len(found["adapters"]) == 2
+    assert call("export", "--adapters", folder, "--to", tmp_path / "one") == 0
+    assert "trueline export" in python_of(folder)
+
+
+def test_settings_of_a_way_stand_beside_all_others(two, models, tmp_path, capsys):
+    few = ("--keep", "drift", "--set", "strength=3", "probe_rows=4")
+    assert train(two, models / "llama", tmp_path / "run", *few) == 0
+    settings = json.loads((tmp_path / "run/manifest.json").read_text())["settings"]
+    assert settings["strategy"]["strength"] == 3
+    again = tmp_path / "again"
+    assert call("stack", "--config", tmp_path / "run/config.toml", "--output", again) == 0
+    for name in ("R.csv", "log.jsonl"):
+        assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    capsys.readouterr()
+    assert train(two, "tiny", tmp_path / "x", "--keep", "drift", "--set", "buffer=3") == 2
+    assert 'Unknown setting "buffer"' in capsys.readouterr().err
+    assert train(two, "tiny", tmp_path / "x", "--keep", "drifd") == 2
+    assert 'Did you mean "drift"' in capsys.readouterr().err
+    assert call("stack", "--keep", "replay", "--list-settings") == 0
+    assert "buffer = 32" in capsys.readouterr().out
 
 
 # A kill
@@ -291,12 +323,12 @@ def test_every_strategy_trains_measures_and_is_told_apart(name, two, models, tmp
 def test_a_killed_stream_resumes_at_its_step_with_the_same_result(
     two, models, tmp_path, monkeypatch
 ):
-    from trueline.continual import stream as continual
     from trueline.records.checkpoints import last_checkpoint, step_of
+    from trueline.train.tasks import stages as continual
 
     more = ("--model", models / "llama", "--batch-size", 4, "--rank", 2, "--threads", 1,
             "--evaluate-limit", 4, "--epochs", 20, "--save-steps", 10)  # fmt: skip
-    argv = [str(a) for a in ("train", "o-lora", "--tasks", two, *more)]
+    argv = [str(a) for a in ("stack", "--tasks", two, *more)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = subprocess.Popen(
         [sys.executable, "-m", "trueline", *argv, "--output", str(broken)],
@@ -338,7 +370,7 @@ def test_ctrl_c_says_how_to_go_on(two, models, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trueline.continual.stream.make_trainer", interrupt)
+    monkeypatch.setattr("trueline.train.tasks.stacked.AdapterTrainer", interrupt)
     assert train(two, models / "llama", tmp_path / "run") == 130
     assert "--resume goes on where" in capsys.readouterr().err
 
@@ -351,10 +383,11 @@ def test_overwrite_leaves_nothing_of_the_run_before(two, models, tmp_path, monke
     def fails(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trueline.continual.stream.make_trainer", fails)
+    monkeypatch.setattr("trueline.train.tasks.stacked.AdapterTrainer", fails)
     assert train(two, models / "llama", folder, "--overwrite", "--seed", 3) == 130
     left = {p.name for p in folder.iterdir()}
-    assert left == {"notes.txt", "stages", "manifest.json"}
+    assert left == {"config.toml", "log.jsonl", "manifest.json", "notes.txt", "stages"}
+    assert not list((folder / "stages").glob("*/done.json"))
 
 
 # Export
@@ -404,8 +437,8 @@ def test_a_new_head_is_the_same_in_every_adapter_and_is_not_trained(two, models,
     heads = [key for key in first if "classifier" in key]
     assert len(heads) == 2
     assert all(torch.equal(first[key], second[key]) for key in heads)
-    from trueline.continual.files import read_stream
-    from trueline.continual.stage_weights import model_factory
+    from trueline.train.tasks.fresh import model_factory
+    from trueline.train.tasks.stream_files import read_stream
 
     fresh = model_factory(str(models / "new-head"), read_stream(two).tasks)()[0]
     [weight] = [first[key] for key in heads if key.endswith("weight")]
@@ -464,7 +497,7 @@ def test_a_wrong_stream_is_one_line_and_leaves_nothing(content, wanted, tmp_path
 
 
 def test_every_command_of_the_help_is_understood(capsys):
-    for words, least in ((["train", "o-lora"], 5), (["export"], 3)):
+    for words, least in ((["stack"], 5), (["export"], 3)):
         with pytest.raises(SystemExit):
             build_parser(words).parse_args([*words, "--help"])
         shown = capsys.readouterr().out.split("examples:")[1]
@@ -477,9 +510,9 @@ def test_every_command_of_the_help_is_understood(capsys):
 def test_the_stream_in_the_help_can_be_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     from trueline.cli.stack import EXAMPLES
-    from trueline.continual.files import read_stream
+    from trueline.train.tasks.stream_files import read_stream
 
-    block = EXAMPLES.split("of its own:\n")[1].split("\nAfter each task")[0]
+    block = EXAMPLES.split("of its own:\n")[1].split("\ndocs/streams.md")[0]
     write_layout(tmp_path / "cl_benchmark", "agnews")
     part = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
     whole = datasets.DatasetDict({"train": part, "test": part})

@@ -1,4 +1,4 @@
-"""`trueline train` and `export`: what they write, what they refuse, how they resume."""
+"""`trueline distil`, `stack` and `export`: what they write, what they refuse, how they resume."""
 
 from __future__ import annotations
 
@@ -459,7 +459,7 @@ def tasks(tmp_path_factory) -> Path:
 
 
 def stream(tasks: Path, folder: Path, *more: object) -> int:
-    return call("train", "o-lora", "--tasks", tasks, "--output", folder, "--batch-size", 4, *more)
+    return call("stack", "--tasks", tasks, "--output", folder, "--batch-size", 4, *more)
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +477,7 @@ def test_a_stream_keeps_adapters_scores_and_settings(streamed, tmp_path, capsys)
     settings = json.loads((streamed / "manifest.json").read_text())["settings"]
     assert settings["strategy"]["lambda_1"] == 2
     assert (settings["config"]["rank"], settings["config"]["batch_size"]) == (4, 4)
-    again = ("train", "o-lora", "--config", streamed / "config.toml", "--output", tmp_path / "b")
+    again = ("stack", "--config", streamed / "config.toml", "--output", tmp_path / "b")
     assert call(*again) == 0
     shown = capsys.readouterr().out
     assert "untouched" in shown
@@ -506,6 +506,8 @@ def test_an_unfinished_stream_wants_resume(tasks, streamed, tmp_path, capsys):
     parts = json.loads((folder / "R.json").read_text())["adapters"]
     shutil.rmtree((folder / parts[1]).parent)
     (folder / "R.json").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
     options = ("--lambda-1", 2, "--rank", 4)
     assert stream(tasks, folder, *options) == 2
     assert "Give --resume" in capsys.readouterr().err
@@ -519,9 +521,9 @@ def test_an_unfinished_stream_wants_resume(tasks, streamed, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
-        (("--strategy", "olora"), 'Unknown strategy "olora". Did you mean "o-lora"'),
+        (("--keep", "olora"), 'Unknown way to keep "olora". Did you mean "o-lora"'),
         (("--set", "lamda_1=1"), 'Unknown setting "lamda_1" (--set). Did you mean "lambda_1"'),
-        (("--strategy", "inc-lora", "--lambda-1", 1), 'Unknown setting "lambda_1"'),
+        (("--keep", "none", "--lambda-1", 1), 'Unknown setting "lambda_1"'),
         (("--rank", 0), "`rank` must be a whole number"),
         (("--lambda-1", -1), "`lambda_1` must be"),
         (("--tasks", "none.toml"), "none.toml: cannot be read"),

@@ -1,4 +1,4 @@
-"""Streams on small random models: every strategy, three kinds of model, a kill in the middle."""
+"""Streams on small random models: every strategy, three families of models, a kill midway."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
-from trueline.continual.answers import answer_logprobs, decoder_logprobs, padded, text_loss
 from trueline.continual.ewc import Anchored, fisher
-from trueline.continual.families import CausalKind, ClassifierKind, Seq2SeqKind, kind_of
-from trueline.continual.metrics import average_accuracy
-from trueline.continual.stages import TaskStage
 from trueline.continual.strategies import STRATEGIES, make_strategy
-from trueline.continual.stream import StreamConfig, run_stream
-from trueline.continual.tasks import Example, PromptForm, Task, TaskSettings, union_of_labels
+from trueline.continual.stream import run_stream
 from trueline.errors import ConfigError, DataError, ModelError
+from trueline.evals.transfer import average_accuracy
 from trueline.train.adapters.stack import AdapterStack
+from trueline.train.tasks.answers import answer_logprobs, decoder_logprobs, padded, text_loss
+from trueline.train.tasks.families import CausalFamily, ClassifierFamily, Seq2SeqFamily, family_of
+from trueline.train.tasks.stages import TaskStage
+from trueline.train.tasks.stream_config import StreamConfig
+from trueline.train.tasks.task import Example, PromptForm, Task, TaskSettings, union_of_labels
 
 SHORT = PromptForm(instruction=False, options=False)
 CONFIG = StreamConfig(
@@ -88,7 +89,7 @@ def run(tmp_path, strategy="o-lora", tasks=None, model=factory, config=CONFIG, *
     return run_stream(tasks, model, strategy, output=tmp_path, config=config, **options)
 
 
-# -- kinds
+# -- families
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -117,48 +118,48 @@ def test_answers_of_an_encoder_decoder_are_scored_one_by_one():
 
 
 def test_long_prompts_lose_the_end_of_the_sentence_alone():
-    kind = CausalKind(byte_tokenizer(), ("red", "blue"), max_length=40)
+    family = CausalFamily(byte_tokenizer(), ("red", "blue"), max_length=40)
     task = replace(TASKS[0], instruction="Which?")
-    (ids,) = kind.prompt_ids(task, ["abc" * 50])
-    text = kind.tokenizer.decode(ids)
+    (ids,) = family.prompt_ids(task, ["abc" * 50])
+    text = family.tokenizer.decode(ids)
     assert len(ids) <= 40
     assert text.startswith("Which?\nOption: red, blue\nabc")
     assert text.endswith("\nAnswer:")
-    assert kind.prompt_ids(task, ["abc"])[0] == kind.tokenizer(
+    assert family.prompt_ids(task, ["abc"])[0] == family.tokenizer(
         "Which?\nOption: red, blue\nabc\nAnswer:"
     )["input_ids"]  # fmt: skip
     with pytest.raises(DataError, match="`max_length` is 10"):
-        replace(kind, max_length=10).prompt_ids(task, ["abc"])
+        replace(family, max_length=10).prompt_ids(task, ["abc"])
 
 
 def test_prompts_leave_room_for_the_answer_where_places_are_few():
     model, tokenizer = random_model("gpt2", positions=60), byte_tokenizer()
-    kind = kind_of(model, tokenizer, union=("red", "blue"), prompt=SHORT, chat=False)
-    rows = kind.encode(TASKS[0], [Example("abc" * 50, label) for label in ("red", "blue")])
+    family = family_of(model, tokenizer, union=("red", "blue"), prompt=SHORT, chat=False)
+    rows = family.encode(TASKS[0], [Example("abc" * 50, label) for label in ("red", "blue")])
     # " blue" and the end are six tokens, and what is written may be two longer.
     assert [row["prompt_length"] for row in rows] == [52, 52]
     for scoring in ("offered", "generated"):
-        assert len(kind.predict(model, TASKS[0], rows, scoring, 2)[scoring]) == 2
-    kind = kind_of(classifier(), tokenizer, union=union_of_labels(TASKS), prompt=SHORT)
-    (row,) = kind.encode(TASKS[0], [Example("abc" * 50, "red")])
+        assert len(family.predict(model, TASKS[0], rows, scoring, 2)[scoring]) == 2
+    family = family_of(classifier(), tokenizer, union=union_of_labels(TASKS), prompt=SHORT)
+    (row,) = family.encode(TASKS[0], [Example("abc" * 50, "red")])
     assert len(row["input_ids"]) == 128
     tokenizer.model_max_length = 100  # fewer than the model has: RoBERTa's first two are not used
-    kind = kind_of(classifier(), tokenizer, union=union_of_labels(TASKS), prompt=SHORT)
-    (row,) = kind.encode(TASKS[0], [Example("abc" * 50, "red")])
+    family = family_of(classifier(), tokenizer, union=union_of_labels(TASKS), prompt=SHORT)
+    (row,) = family.encode(TASKS[0], [Example("abc" * 50, "red")])
     assert len(row["input_ids"]) == 100
     with pytest.raises(DataError, match="the model has places for 9: leave lines"):
-        replace(kind, prompt=PromptForm(), positions=9).prompt_ids(TASKS[0], ["abc"])
+        replace(family, prompt=PromptForm(), positions=9).prompt_ids(TASKS[0], ["abc"])
     # T5 counts distances, not places.
-    assert kind_of(t5(), byte_tokenizer(), union=("a", "b")).positions is None
+    assert family_of(t5(), byte_tokenizer(), union=("a", "b")).positions is None
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_loss_of_a_causal_row_counts_the_label_alone(chat):
-    kind = CausalKind(byte_tokenizer(), ("red", "blue"), SHORT, chat=chat)
-    (row,) = kind.encode(TASKS[0], [Example("rose", "red")])
+    family = CausalFamily(byte_tokenizer(), ("red", "blue"), SHORT, chat=chat)
+    (row,) = family.encode(TASKS[0], [Example("rose", "red")])
     counted = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    assert kind.tokenizer.decode(counted) == ("red<|end|>" if chat else " red<|end|>")
-    before = kind.tokenizer.decode(row["input_ids"][: row["prompt_length"]])
+    assert family.tokenizer.decode(counted) == ("red<|end|>" if chat else " red<|end|>")
+    before = family.tokenizer.decode(row["input_ids"][: row["prompt_length"]])
     expected = "rose\nAnswer:"
     assert before == (f"<|user|>{expected}<|end|><|assistant|>" if chat else expected)
 
@@ -170,23 +171,23 @@ def test_a_classifiers_loss_goes_over_the_offered_places():
     examples = TASKS[1].train[:2]
     own = [union.index(label) for label in TASKS[1].labels]
     for over, places in (("offered", own), ("union", range(6))):
-        kind = ClassifierKind(byte_tokenizer(), union, SHORT, train_labels=over, places=6)
-        batch = kind.collate(kind.encode(TASKS[1], examples))
+        family = ClassifierFamily(byte_tokenizer(), union, SHORT, train_labels=over, places=6)
+        batch = family.collate(family.encode(TASKS[1], examples))
         naive = 0.0
         for z, e in zip(logits, examples, strict=True):
             total = sum(float(z[k].exp()) for k in places)
             naive -= float(z[union.index(e.label)] - np.log(total)) / 2
-        assert float(kind.loss(logits, batch)) == pytest.approx(naive, abs=1e-5)
+        assert float(family.loss(logits, batch)) == pytest.approx(naive, abs=1e-5)
     with pytest.raises(ModelError, match="num_labels=6"):
-        ClassifierKind(byte_tokenizer(), union, places=5)
+        ClassifierFamily(byte_tokenizer(), union, places=5)
 
 
 def test_a_classifier_is_scored_among_offered_and_among_all():
     union = union_of_labels(TASKS)
     model = classifier()
-    kind = ClassifierKind(byte_tokenizer(), union, SHORT, places=6)
-    rows = kind.encode(TASKS[2], TASKS[2].test)
-    found = kind.predict(model, TASKS[2], rows, "offered", 4)
+    family = ClassifierFamily(byte_tokenizer(), union, SHORT, places=6)
+    rows = family.encode(TASKS[2], TASKS[2].test)
+    found = family.predict(model, TASKS[2], rows, "offered", 4)
     for i, row in enumerate(rows):
         with torch.no_grad():
             z = model(torch.tensor([row["input_ids"]])).logits[0]
@@ -196,22 +197,22 @@ def test_a_classifier_is_scored_among_offered_and_among_all():
 
 
 def test_written_answers_are_what_the_model_writes_alone():
-    for kind, model in (
-        (CausalKind(byte_tokenizer(), ("red", "blue"), SHORT), random_model("gpt2")),
-        (Seq2SeqKind(byte_tokenizer(), ("red", "blue"), SHORT), t5()),
+    for family, model in (
+        (CausalFamily(byte_tokenizer(), ("red", "blue"), SHORT), random_model("gpt2")),
+        (Seq2SeqFamily(byte_tokenizer(), ("red", "blue"), SHORT), t5()),
     ):
-        rows = kind.encode(TASKS[0], TASKS[0].test)
-        together = kind.predict(model, TASKS[0], rows, "generated", 8)["generated"]
+        rows = family.encode(TASKS[0], TASKS[0].test)
+        together = family.predict(model, TASKS[0], rows, "generated", 8)["generated"]
         alone = [
-            kind.predict(model, TASKS[0], [row], "generated", 1)["generated"][0] for row in rows
+            family.predict(model, TASKS[0], [row], "generated", 1)["generated"][0] for row in rows
         ]
         assert together == alone
 
 
 def test_union_of_a_language_model_has_every_label_as_a_candidate():
-    kind = CausalKind(byte_tokenizer(), union_of_labels(TASKS), SHORT)
-    assert kind.candidates(TASKS[0], "offered") == TASKS[0].labels
-    assert set(kind.candidates(TASKS[0], "union")) == {x for t in TASKS for x in t.labels}
+    family = CausalFamily(byte_tokenizer(), union_of_labels(TASKS), SHORT)
+    assert family.candidates(TASKS[0], "offered") == TASKS[0].labels
+    assert set(family.candidates(TASKS[0], "union")) == {x for t in TASKS for x in t.labels}
 
 
 def test_text_loss_is_the_mean_over_tokens_of_all_texts():
@@ -228,15 +229,15 @@ def test_text_loss_is_the_mean_over_tokens_of_all_texts():
 
 
 def make_stage(index=1, rows=None, folders=(), seed=None):
-    kind = ClassifierKind(byte_tokenizer(), union_of_labels(TASKS), SHORT, places=6)
-    rows = kind.encode(TASKS[0], TASKS[0].train) if rows is None else rows
+    family = ClassifierFamily(byte_tokenizer(), union_of_labels(TASKS), SHORT, places=6)
+    rows = family.encode(TASKS[0], TASKS[0].train) if rows is None else rows
     seed = 100 + index if seed is None else seed
 
     def batches(model, count):
         drawn = stage.draw(count)
-        return [kind.collate(drawn[i : i + 4]) for i in range(0, len(drawn), 4)]
+        return [family.collate(drawn[i : i + 4]) for i in range(0, len(drawn), 4)]
 
-    stage = TaskStage(index, 3, folders, rows, batches, seed, kind)
+    stage = TaskStage(index, 3, folders, rows, batches, seed, family)
     return stage
 
 
@@ -253,7 +254,7 @@ def attached(rank=2):
 
 def test_fisher_is_the_mean_square_of_each_rows_gradient():
     model, stage = attached(), make_stage()
-    found = fisher(model, stage.kind, stage.rows[:3], seed=5)
+    found = fisher(model, stage.family, stage.rows[:3], seed=5)
     generator = torch.Generator().manual_seed(5)
     naive = {p: torch.zeros_like(p) for p in found}
     for row in stage.rows[:3]:
@@ -298,7 +299,7 @@ def test_ewc_costs_what_the_sum_over_tasks_costs(tmp_path):
         stage = make_stage(i, folders=folders[:i])
         ewc.end(model, stage, folder)
         values.append((a.detach().clone(), b.detach().clone()))
-        found = fisher(model, stage.kind, stage.draw(4, key="probe"), stage.seed)
+        found = fisher(model, stage.family, stage.draw(4, key="probe"), stage.seed)
         fishers.append((found[a], found[b]))
     (term,) = ewc.terms(make_stage(2, folders=folders))
     assert isinstance(term, Anchored)
@@ -374,10 +375,10 @@ def test_every_strategy_runs_a_stream(name, tmp_path):
 def test_the_stack_of_adapters_is_the_model_that_was_measured(tmp_path):
     result = run(tmp_path, "o-lora")
     model = AdapterStack.load(result.adapters).merge(classifier())
-    kind = ClassifierKind(byte_tokenizer(), union_of_labels(TASKS), SHORT, places=6)
+    family = ClassifierFamily(byte_tokenizer(), union_of_labels(TASKS), SHORT, places=6)
     for j, task in enumerate(TASKS):
-        rows = kind.encode(task, task.test)
-        answers = kind.predict(model.eval(), task, rows, "offered", 8)["offered"]
+        rows = family.encode(task, task.test)
+        answers = family.predict(model.eval(), task, rows, "offered", 8)["offered"]
         right = [a == e.label for a, e in zip(answers, task.test, strict=True)]
         assert result.R[-1, j] == pytest.approx(sum(right) / len(right))
 
@@ -525,7 +526,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path):
 def test_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     seen = []
-    run(tmp_path, tasks=TASKS[:2], figures=True, on_stage=lambda r: seen.append(r.measures))
+    run(tmp_path, tasks=TASKS[:2], figures=True, after=lambda r: seen.append(r.measures))
     assert (tmp_path / "R.png").stat().st_size > 5000
     assert (tmp_path / "time.png").stat().st_size > 5000
     assert [set(m) >= {"average_accuracy"} for m in seen] == [True, True]
@@ -582,7 +583,7 @@ class Stopped(Exception):
 
 
 def test_a_stopped_stream_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    from trueline.continual import stream as continual
+    from trueline.train.tasks import stages as continual
 
     whole = run(tmp_path / "whole", "o-lora")
     real, calls = continual.Log.on_step_end, []

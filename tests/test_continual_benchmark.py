@@ -152,7 +152,7 @@ def test_every_strategy_chooses_from_as_many_settings(command):
 
 
 def test_orders_are_the_papers_without_what_is_left_out(cells):
-    from trueline.continual.tasks import order_names
+    from trueline.train.tasks.task import order_names
 
     for name, tasks in cells.ORDERS.items():
         assert tasks == [t for t in order_names(name) if t in cells.TASKS]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from trueline.continual.metrics import (
+from trueline.errors import ConfigError, DataError
+from trueline.evals.transfer import (
     average_accuracy,
     backward_transfer,
     forgetting,
@@ -22,7 +23,6 @@ from trueline.continual.metrics import (
     summary,
     trained,
 )
-from trueline.errors import ConfigError, DataError
 
 SQUARE = st.integers(2, 6).flatmap(
     lambda n: arrays(np.float64, (n, n), elements=st.floats(0, 1, width=32))

@@ -57,8 +57,7 @@ def test_what_is_trained_is_used_and_exported(tmp_path, monkeypatch, capsys):
     Path("stream.toml").write_text(stream)
     few = {
         "distil": ["--steps", "1", "--batch-size", "2"],
-        "train": ["--batch-size", "2"],
-        "o-lora": ["--batch-size", "2"],
+        "stack": ["--batch-size", "2"],
     }
     for line in TRAINING:
         words = shlex.split(line)[1:]

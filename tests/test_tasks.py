@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from trueline.continual.files import preset, read_stream, read_task, stream_from
-from trueline.continual.tasks import (
+from trueline.errors import ConfigError, DataError
+from trueline.train.tasks.stream_files import preset, read_stream, read_task, stream_from
+from trueline.train.tasks.task import (
     INSTRUCTIONS,
     ORDERS,
     Example,
@@ -20,7 +21,6 @@ from trueline.continual.tasks import (
     same_label,
     union_of_labels,
 )
-from trueline.errors import ConfigError, DataError
 
 TOPICS = ["World", "Sports"]
 

@@ -37,7 +37,7 @@ if not __package__:
 
 from recipes.stack.skills import Probe, grammar_of_tiny, own_dialogues, own_skills, skill
 from trueline import LanguageModel, Plain, Request, SamplingParams, generate, load_model
-from trueline.continual.metrics import summary
+from trueline.evals.transfer import summary
 from trueline.train.adapters.export import write_lora
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
 from trueline.train.keep.drift import Drift

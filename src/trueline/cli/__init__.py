@@ -24,7 +24,7 @@ COMMANDS = {
     "demo": "measure principle adherence and over-refusal on the bundled model",
     "eval": "measure refusal, preference and judges, and sweep a method's settings",
     "distil": "move a decoding method's policy into an adapter or the weights",
-    "train": "put a principle into the weights, or task after task with nothing forgotten",
+    "stack": "train task after task, each on top of those before, with nothing forgotten",
     "export": "make one plain LoRA, or merged weights, of the adapters of several tasks",
     "report": "put runs of `trueline eval` side by side, as Markdown and HTML",
 }

@@ -11,7 +11,7 @@ EXAMPLES = """examples:
   trueline export --adapters stacked --to model --form merged --dtype float32
 
 --adapters takes folders of adapters in the order in which they were trained, or one folder that
-holds them in folders of its own, as `trueline train o-lora` leaves it. Both forms give what the
+holds them in folders of its own, as `trueline stack` leaves it. Both forms give what the
 stacked adapters give, and load in transformers, PEFT and vLLM with no Trueline; the README.md that
 is written beside them says how.
 """

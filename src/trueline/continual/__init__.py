@@ -1,1 +1,1 @@
-"""The continual-learning benchmark of the O-LoRA paper: task families, sources, strategies, R."""
+"""The benchmark of continual learning: other strategies, told apart on the same tasks."""

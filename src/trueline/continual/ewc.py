@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from trueline.continual.families import Kind, Row
-from trueline.continual.stages import TaskStage
 from trueline.errors import check_number
 from trueline.train.adapters.stack import adapter_layers
 from trueline.train.keep.stage import Keep, Stage
 from trueline.train.keep.terms import Target, Term
+from trueline.train.tasks.families import Family, Row
+from trueline.train.tasks.stages import TaskStage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Ewc(Keep):
         """Keep the summed Fisher information and the weighted mean of the values."""
         assert isinstance(stage, TaskStage)
         rows = stage.draw(self.probe_rows, key="probe")
-        new = fisher(model, stage.kind, rows, stage.seed)
+        new = fisher(model, stage.family, rows, stage.seed)
         old = load_file(stage.folders[-1] / EWC) if stage.folders else {}
         state = {}
         for module, layer in adapter_layers(model).items():
@@ -95,7 +95,9 @@ class Anchored(Term):
         return 0.5 * (left + (fisher_b * (b - anchor_b).square()).sum())
 
 
-def fisher(model: Any, kind: Kind, rows: Sequence[Row], seed: int) -> dict[nn.Parameter, Tensor]:
+def fisher(
+    model: Any, family: Family, rows: Sequence[Row], seed: int
+) -> dict[nn.Parameter, Tensor]:
     """Return E (d loss / d theta)^2 over rows for each trained parameter; a backward pass a row."""
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -103,8 +105,8 @@ def fisher(model: Any, kind: Kind, rows: Sequence[Row], seed: int) -> dict[nn.Pa
     was_training = model.training
     model.eval()
     for row in rows:
-        batch = {k: v.to(model.device) for k, v in kind.collate([row]).items()}
-        loss = kind.own_loss(_logits(model, batch), batch, generator)
+        batch = {k: v.to(model.device) for k, v in family.collate([row]).items()}
+        loss = family.own_loss(_logits(model, batch), batch, generator)
         for p, grad in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True),
                            strict=True):  # fmt: skip
             if grad is not None:

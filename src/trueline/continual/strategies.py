@@ -19,25 +19,38 @@ EWC train all weights of the model, here they train one LoRA, as seq-lora does.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from trueline.continual.ewc import Ewc
-from trueline.continual.stages import Strategy, Weights
+from trueline.continual.weights import AllWeights, Apart, Joint, OneLora
 from trueline.errors import ConfigError, suggestion
 from trueline.train.keep import KEEP, Keep, check_options
+from trueline.train.tasks.stacked import Stacked
 
-STRATEGIES: dict[str, tuple[type[Keep], Weights]] = {
-    "o-lora": (KEEP["o-lora"], "stack"),
-    "inc-lora": (Keep, "stack"),
-    "inf-lora": (KEEP["inf-lora"], "stack"),
-    "drift": (KEEP["drift"], "stack"),
-    "ella": (KEEP["ella"], "stack"),
-    "ewc": (Ewc, "one"),
-    "replay": (KEEP["replay"], "one"),
-    "seq-lora": (Keep, "one"),
-    "seq-ft": (Keep, "all"),
-    "per-task": (Keep, "apart"),
-    "multi-task": (Keep, "joint"),
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a stream is trained."""
+
+    name: str
+    keep: Keep
+    weights: type[Stacked]
+    """How weights go on from task to task."""
+
+
+STRATEGIES: dict[str, tuple[type[Keep], type[Stacked]]] = {
+    "o-lora": (KEEP["o-lora"], Stacked),
+    "inc-lora": (Keep, Stacked),
+    "inf-lora": (KEEP["inf-lora"], Stacked),
+    "drift": (KEEP["drift"], Stacked),
+    "ella": (KEEP["ella"], Stacked),
+    "ewc": (Ewc, OneLora),
+    "replay": (KEEP["replay"], OneLora),
+    "seq-lora": (Keep, OneLora),
+    "seq-ft": (Keep, AllWeights),
+    "per-task": (Keep, Apart),
+    "multi-task": (Keep, Joint),
 }
 """The way to keep of each strategy, and how its weights go on."""
 

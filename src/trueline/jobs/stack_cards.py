@@ -1,4 +1,4 @@
-"""Model cards of a stream of tasks: of its folder, and of what `trueline export` makes of it."""
+"""Model cards of a stack of adapters: of a stream's folder, and of what is exported of it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trueline.continual.files import Stream
-    from trueline.continual.stream import StreamResult
     from trueline.jobs.exporting import ExportResults
+    from trueline.jobs.stacking import StackConfig, StackResults
+    from trueline.records.run_folder import RunFolder
     from trueline.train.adapters.stack import AdapterStack
+    from trueline.train.tasks.stream_files import Stream
 
 CLASSES = {
     "causal": ("AutoModelForCausalLM", "text-generation"),
     "seq2seq": ("AutoModelForSeq2SeqLM", None),
     "classifier": ("AutoModelForSequenceClassification", "text-classification"),
 }
-"""How transformers loads each kind of model, and the hub's word for what it does."""
-KINDS = {
+"""How transformers loads each family of models, and the hub's word for what it does."""
+FAMILIES = {
     "ForSequenceClassification": "classifier",
     "ForConditionalGeneration": "seq2seq",
     "ForCausalLM": "causal",
@@ -28,49 +29,45 @@ KINDS = {
 """Ends of the classes' names."""
 
 
-def run_card(command: str, stream: Stream, model: str, config: str, result: StreamResult) -> str:
+def run_card(stream: Stream, config: StackConfig, results: StackResults, run: RunFolder) -> str:
     """Return the README.md of a stream's folder.
 
     Args:
-        command: What was typed.
         stream: The tasks.
-        model: The base as it was given.
-        config: The settings as TOML.
-        result: The scores.
+        config: What was trained, and how.
+        results: The scores.
+        run: The folder.
     """
     from trueline.records.cards import model_card
-    from trueline.records.manifest import read_json
+    from trueline.records.hashes import versions
 
-    folder = result.folder
-    about, kept = read_json(folder / "R.json"), read_json(folder / "manifest.json")
-    kind, settings = about["kind"], kept["settings"]
-    title = stream.title or folder.resolve().name
-    words = [w for w in shlex.split(command) if w != "--resume"]
-    one_lora = bool(result.adapters)
-    use = usage(kind, model, "one" if one_lora else None, labels=about["labels"])
-    if one_lora:
-        use = f"# first: trueline export --adapters {shlex.quote(str(folder))} --to one\n{use}"
+    about, settings, folder = results.about, run.settings, results.folder
+    family = about["family"]
+    words = [w for w in shlex.split(run.command) if w != "--resume"]
+    asked = {"prompt": stream.prompt.text(stream.tasks[0], "SENTENCE"), "chat": about["chat"]}
+    use = usage(family, config.model, "one", labels=about["labels"], **asked)
     return model_card(
-        title=title,
-        summary=f"{model}, trained on {len(result.tasks)} tasks ({', '.join(result.tasks)}) by the "
-        f'strategy "{result.strategy}" of trueline train o-lora (O-LoRA: arXiv 2310.14152).',
-        front=_front(model, kind, adapter=one_lora, strategy=result.strategy),
-        use=use,
-        notes=[_leaves(result), "A prompt:", f"```text\n{_example(stream, result)}\n```"],
+        title=stream.title or folder.resolve().name,
+        summary=f"{config.model}, trained on {len(results.tasks)} tasks "
+        f"({', '.join(results.tasks)}) one after the other; what came before was kept by "
+        f'"{config.keep}".',
+        front=_front(config.model, family, adapter=True, keep=config.keep),
+        use=f"# first: trueline export --adapters {shlex.quote(str(folder))} --to one\n{use}",
+        notes=[_leaves(results)],
         recipe={
-            "base": f"{model}, hash {settings['model']}, {kind}, float32",
-            "strategy": settings["strategy"],
-            "tasks": ", ".join(result.tasks),
+            "base": f"{config.model}, hash {settings['model']}, {family}, float32",
+            "keep": settings["strategy"],
+            "tasks": ", ".join(results.tasks),
             "prompt": settings["prompt"],
             "measured on": f"{about['evaluate_on']} rows, scoring {about['scoring']}",
             "seed": about["seed"],
-            **kept["facts"]["versions"],
+            **versions(),
             **_versions(),
         },
         command=shlex.join(words),
-        config=config.strip(),
-        results=result.measures,
-        tables=_tables(stream, result, settings),
+        config=config.as_toml().strip(),
+        results=results.measures,
+        tables=_tables(stream, results, settings),
         curves=False,
     )
 
@@ -96,7 +93,7 @@ def export_card(
     from trueline.records.hashes import versions
 
     name, merged = done.folder.resolve().name, done.form == "merged"
-    kind = kind_of_adapters(stack)
+    family = family_of_adapters(stack)
     labels = streams[-1]["labels"] if streams else []
     rows = [
         [str(i), str(a.folder), str(max(a.rank_of(m) for m in a.modules)), a.weights_hash()]
@@ -114,9 +111,14 @@ def export_card(
         summary=f"{of.capitalize()} on {base}, merged into its weights."
         if merged
         else f"{of.capitalize()} on {base} as one plain LoRA of rank {done.rank}.",
-        front=_front(model, kind, adapter=not merged),
+        front=_front(model, family, adapter=not merged),
         use=usage(
-            kind, None if merged else base, name, labels=labels, merged=merged, whole=done.tokenizer
+            family,
+            None if merged else base,
+            name,
+            labels=labels,
+            merged=merged,
+            whole=done.tokenizer,
         ),
         notes=[str(done)],
         recipe={
@@ -133,44 +135,48 @@ def export_card(
     )
 
 
-def kind_of_adapters(stack: AdapterStack) -> str:
-    """Return the kind of model that the adapters were trained on; causal where they do not say."""
+def family_of_adapters(stack: AdapterStack) -> str:
+    """Return the family of the model that the adapters name; causal where they name none."""
     config = stack.adapters[-1].config
     owner = str((config.get("auto_mapping") or {}).get("base_model_class") or "")
     if config.get("task_type") == "SEQ_2_SEQ_LM":
         return "seq2seq"
-    return next((kind for end, kind in KINDS.items() if owner.endswith(end)), "causal")
+    return next((family for end, family in FAMILIES.items() if owner.endswith(end)), "causal")
 
 
 def usage(
-    kind: str,
+    family: str,
     base: str | None,
-    name: str | None,
+    name: str,
     *,
     labels: list[str],
     merged: bool = False,
     whole: bool = False,
+    prompt: str | None = None,
+    chat: bool = False,
 ) -> str:
     """Return Python that loads the result with transformers and PEFT alone.
 
     Args:
-        kind: A key of `CLASSES`.
+        family: A key of `CLASSES`.
         base: The base model; not needed for `merged`.
-        name: Folder of the adapter or of the merged model; None where a strategy leaves neither.
+        name: Folder of the adapter or of the merged model.
         labels: Of a classifier.
         merged: Whether the folder holds a whole model.
         whole: Whether it holds the tokenizer.
+        prompt: What it is asked, as in training.
+        chat: Whether it was asked in the chat template.
     """
-    cls = CLASSES[kind][0]
+    cls = CLASSES[family][0]
     source = json.dumps(name if merged else base)
     lines = [f"from transformers import AutoTokenizer, {cls}"]
     if base is not None and is_bundled(base):
         source = 'str(files("trueline") / "assets/tiny")'
         lines.insert(0, "from importlib.resources import files")
-    if not merged and name is not None:
+    if not merged:
         lines.insert(len(lines) - 1, "from peft import PeftModel")
     head = ""
-    if kind == "classifier" and labels and not merged:
+    if family == "classifier" and labels and not merged:
         lines += ["", f"labels = {json.dumps(labels, ensure_ascii=False)}"]
         head = ", id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True"
     lines += [
@@ -178,9 +184,31 @@ def usage(
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name) if whole else source})",
         f"model = {cls}.from_pretrained({source}{head})",
     ]
-    if not merged and name is not None:
+    if not merged:
         lines.append(f"model = PeftModel.from_pretrained(model, {json.dumps(name)})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_asked(family, prompt, chat)])
+
+
+def _asked(family: str, prompt: str | None, chat: bool) -> list[str]:
+    """Return Python that asks the model as it was asked in training."""
+    if prompt is None:
+        return []
+    lines = ["", f"prompt = {json.dumps(prompt, ensure_ascii=False)}"]
+    if chat:
+        lines += [
+            'messages = [{"role": "user", "content": prompt}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    else:
+        lines += ['inputs = tokenizer(prompt, return_tensors="pt")']
+    if family == "classifier":
+        return [*lines, "answer = labels[int(model(**inputs).logits.argmax())]"]
+    lines += ["written = model.generate(**inputs, do_sample=False, max_new_tokens=16)[0]"]
+    if family == "causal":
+        lines += ['written = written[inputs["input_ids"].shape[1] :]']
+    return [*lines, "answer = tokenizer.decode(written, skip_special_tokens=True).strip()"]
 
 
 def is_bundled(model: str) -> bool:
@@ -193,55 +221,38 @@ def is_bundled(model: str) -> bool:
     return model in BUNDLED or any(Path(model) == assets / name for name in BUNDLED)
 
 
-def _front(model: str | None, kind: str, *, adapter: bool, strategy: str = "") -> dict[str, Any]:
+def _front(model: str | None, family: str, *, adapter: bool, keep: str = "") -> dict[str, Any]:
     """Return the metadata of the hub; a folder of this machine is no name there."""
     on_hub = model is not None and model.count("/") == 1 and not Path(model).exists()
     return {
         "base_model": model if on_hub else None,
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": CLASSES[kind][1],
-        "tags": ["trueline", "continual-learning", *([strategy] if strategy else [])],
+        "pipeline_tag": CLASSES[family][1],
+        "tags": ["trueline", "continual-learning", *([keep] if keep else [])],
     }
 
 
-def _leaves(result: StreamResult) -> str:
+def _leaves(results: StackResults) -> str:
     """Return what the folder holds of the trained weights."""
-    if len(result.adapters) > 1:
+    if len(results.adapters) > 1:
         return (
-            f"Each of the {len(result.adapters)} adapters in `stages/` was trained on top of those "
-            "before it: they belong together. `trueline export` makes one plain LoRA of them, with "
-            "`--form merged` a model."
+            f"Each of the {len(results.adapters)} adapters in `stages/` was trained on top of "
+            "those before it: they belong together. `trueline export` makes one plain LoRA of "
+            "them, with `--form merged` a model."
         )
-    if result.adapters:
-        return "One LoRA holds all tasks. `--form merged` makes a model of it."
-    if any((result.folder / "stages").glob("*/weights.pt")):
-        return (
-            "All weights were trained. They are the state of the model, `weights.pt` of the last "
-            "stage: `model.load_state_dict(torch.load(FILE, weights_only=True))`."
-        )
-    return (
-        "Each task has an adapter of its own on the untouched base: "
-        "`PeftModel.from_pretrained(model, STAGE)` with the `adapter` folder of the task's stage."
-    )
+    return "`trueline export` makes one plain LoRA of it, with `--form merged` a model."
 
 
-def _example(stream: Stream, result: StreamResult) -> str:
-    task = stream.tasks[0]
-    return stream.prompt.text(task, "SENTENCE")
-
-
-def _tables(stream: Stream, result: StreamResult, settings: dict[str, Any]) -> str:
+def _tables(stream: Stream, results: StackResults, settings: dict[str, Any]) -> str:
     """Return R, its pictures, and the tasks."""
     import math
 
     from trueline.evals.tables import markdown_table
 
-    def cells(row: Any) -> list[str]:
-        return ["" if math.isnan(value) else f"{value:.3f}" for value in row]
-
-    names = result.tasks if len(result.R) == len(result.tasks) else ["all"] * len(result.R)
-    scores = [["untouched", *cells(result.untouched)]]
-    scores += [[name, *cells(row)] for name, row in zip(names, result.R, strict=True)]
+    scores = [
+        [name, *("" if math.isnan(value) else f"{value:.3f}" for value in row)]
+        for name, row in results.rows()
+    ]
     tasks = [
         [
             t.name,
@@ -257,12 +268,12 @@ def _tables(stream: Stream, result: StreamResult, settings: dict[str, Any]) -> s
     pictures = [
         f"![{words}]({name})"
         for name, words in (("R.png", "R as a heat map"), ("time.png", "Each task over time"))
-        if (result.folder / name).exists()
+        if (results.folder / name).exists()
     ]
     return "\n\n".join(
         [
             "Accuracy on each task (columns) after training on each (rows), `R.json`:",
-            markdown_table((["after", *result.tasks], scores)),
+            markdown_table((["after", *results.tasks], scores)),
             *pictures,
             "Loss and penalties of the logged steps are in `log.jsonl`.",
             "## Tasks",

@@ -1,4 +1,4 @@
-"""Scores of a stream: a model measured on every task, in every way that its kind gives at once."""
+"""Scores of a stream: a model measured on every task, in every way that its family has."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trueline.continual.answers import text_loss
-from trueline.continual.config import StreamConfig
-from trueline.continual.families import Kind, Row
-from trueline.continual.tasks import Example, Task, draw, same_label
+from trueline.train.tasks.answers import text_loss
+from trueline.train.tasks.families import Family, Row
+from trueline.train.tasks.stream_config import StreamConfig
+from trueline.train.tasks.task import Example, Task, draw, same_label
 
 
 @dataclass
 class Scorer:
     """Measures models on the tasks of a stream."""
 
-    kind: Kind
+    family: Family
     tasks: Sequence[Task]
     config: StreamConfig
     tokenizer: Any
@@ -43,7 +43,7 @@ class Scorer:
         """Return the share of right answers on a task, by the way of scoring."""
         rows, examples = self._test_rows(j)
         with self._autocast(model):
-            answers = self.kind.predict(
+            answers = self.family.predict(
                 model, self.tasks[j], rows, self.config.scoring, self.config.evaluate_batch_size
             )
         return {view: accuracy_of(found, examples) for view, found in answers.items()}
@@ -61,7 +61,7 @@ class Scorer:
             task, config = self.tasks[j], self.config
             rows = getattr(task, config.evaluate_on)
             examples = draw(rows, config.evaluate_limit, 0, f"{config.evaluate_on} {task.name}")
-            self._rows[j] = self.kind.encode(task, examples), examples
+            self._rows[j] = self.family.encode(task, examples), examples
         return self._rows[j]
 
     def _autocast(self, model: Any) -> Any:

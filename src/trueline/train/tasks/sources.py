@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trueline.continual.tasks import Example, normalise
 from trueline.errors import DataError
 from trueline.models.hub import load_dataset
 from trueline.records.lines import read_jsonl
+from trueline.train.tasks.task import Example, normalise
 
 SPLITS = ("train", "validation", "test")
 NO_LABEL = "-"

@@ -8,7 +8,7 @@ from typing import Any
 from trueline.errors import ConfigError, check_number, suggestion
 
 SCORINGS = ("offered", "union", "generated")
-"""Candidates of an answer, see `trueline.continual.families`."""
+"""Candidates of an answer, see `trueline.train.tasks.families`."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ in words: an instruction, the labels to choose from, the sentence.
 
 Differs from the paper: the instructions say the same in our own words; the authors' prompt has the
 two lines that name task and dataset, here they are off unless asked for [code].
-`trueline.continual.files` reads tasks from files.
+`trueline.train.tasks.stream_files` reads tasks from files.
 """
 
 from __future__ import annotations

@@ -48,14 +48,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from trueline.continual.sources import (
+from trueline.errors import ConfigError, DataError, suggestion
+from trueline.settings.reader import read_toml
+from trueline.train.tasks.sources import (
     SPLITS,
     examples,
     from_datasets,
     from_file,
     from_layout,
 )
-from trueline.continual.tasks import (
+from trueline.train.tasks.task import (
     INSTRUCTIONS,
     PromptForm,
     Task,
@@ -63,8 +65,6 @@ from trueline.continual.tasks import (
     normalise,
     order_names,
 )
-from trueline.errors import ConfigError, DataError, suggestion
-from trueline.settings.reader import read_toml
 
 SETTINGS = [f.name for f in fields(TaskSettings)]
 TOP = ("title", "data", "order", "leave_out", "prompt", "defaults", "tasks")

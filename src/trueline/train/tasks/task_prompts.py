@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trueline.continual.tasks import PromptForm, Task, normalise
 from trueline.errors import DataError
+from trueline.train.tasks.task import PromptForm, Task, normalise
 
 
 @dataclass
 class Prompts:
-    """Makes prompts of a length; what the kinds of model share."""
+    """Makes prompts of a length; what the families of models share."""
 
     tokenizer: Any = field(repr=False)
     union: tuple[str, ...]

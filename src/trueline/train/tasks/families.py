@@ -1,8 +1,8 @@
-"""The three kinds of model in a stream: how each is fed a task, trained on it and asked.
+"""The three families of models in a stream: how each is fed a task, trained on it and asked.
 
-    CausalKind       prompt and label as one text; the loss counts the label's tokens
-    Seq2SeqKind      prompt to the encoder, label from the decoder (T5)
-    ClassifierKind   one head with a place for every label of every task, no task id
+    CausalFamily       prompt and label as one text; the loss counts the label's tokens
+    Seq2SeqFamily      prompt to the encoder, label from the decoder (T5)
+    ClassifierFamily   one head with a place for every label of every task, no task id
 
 Answers are chosen among candidates. A language model takes the one with the highest
 log-probability, summed over its tokens and the end mark, or writes one (`generated`: greedy, exact
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.nn import functional
 
-from trueline.continual.answers import (
+from trueline.errors import ConfigError, ModelError
+from trueline.train.tasks.answers import (
     IGNORED,
     answer_logprobs,
     by_length,
@@ -31,9 +32,8 @@ from trueline.continual.answers import (
     drawn_loss,
     padded,
 )
-from trueline.continual.task_prompts import Prompts
-from trueline.continual.tasks import Example, Task, normalise
-from trueline.errors import ConfigError, ModelError
+from trueline.train.tasks.task import Example, Task, normalise
+from trueline.train.tasks.task_prompts import Prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 """An encoded example: `input_ids`, `labels`, for a classifier also `offered`."""
 
 
-class Kind(Protocol):
+class Family(Protocol):
     """What the runner needs to know of a model."""
 
     name: str
@@ -71,17 +71,17 @@ class Kind(Protocol):
         """Return a label (or a written answer) for each row, by the way it was chosen."""
 
 
-def kind_of(model: Any, tokenizer: Any, *, chat: bool | None = None, **options: Any) -> Kind:
-    """Return the kind that fits a model: by its configuration and its head.
+def family_of(model: Any, tokenizer: Any, *, chat: bool | None = None, **options: Any) -> Family:
+    """Return the family that fits a model: by its configuration and its head.
 
     `chat` None takes the chat template of a causal model that has one. Raises `ModelError` for a
     model that neither writes nor classifies.
     """
     options |= {"positions": _positions(model, tokenizer), "chat": bool(chat)}
     if getattr(model.config, "is_encoder_decoder", False):
-        return Seq2SeqKind(tokenizer, **options)
+        return Seq2SeqFamily(tokenizer, **options)
     if type(model).__name__.endswith("ForSequenceClassification"):
-        return ClassifierKind(tokenizer, places=model.config.num_labels, **options)
+        return ClassifierFamily(tokenizer, places=model.config.num_labels, **options)
     if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:
         raise ModelError(
             f"A {type(model).__name__} neither writes text nor classifies. Give a causal, "
@@ -89,7 +89,7 @@ def kind_of(model: Any, tokenizer: Any, *, chat: bool | None = None, **options: 
         )
     if chat is None:
         options["chat"] = bool(getattr(tokenizer, "chat_template", None))
-    return CausalKind(tokenizer, **options)
+    return CausalFamily(tokenizer, **options)
 
 
 def _positions(model: Any, tokenizer: Any) -> int | None:
@@ -119,7 +119,7 @@ class _Writer(Prompts):
 
 
 @dataclass
-class CausalKind(_Writer):
+class CausalFamily(_Writer):
     """A causal language model; `max_length` is of the prompt alone."""
 
     name = "causal"
@@ -205,7 +205,7 @@ class CausalKind(_Writer):
 
 
 @dataclass
-class Seq2SeqKind(_Writer):
+class Seq2SeqFamily(_Writer):
     """An encoder-decoder such as T5."""
 
     name = "seq2seq"
@@ -261,7 +261,7 @@ class Seq2SeqKind(_Writer):
 
 
 @dataclass
-class ClassifierKind(Prompts):
+class ClassifierFamily(Prompts):
     """A sequence classifier: place k of its head is label k of `union`."""
 
     name = "classifier"

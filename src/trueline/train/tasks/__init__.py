@@ -1,0 +1,1 @@
+"""Tasks with labels: their files, prompts, families of models, training and scores."""
