@@ -37,6 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xfail(reason="not refused yet", strict=False))
 
 
+UNTOUCHED: dict[str, tuple] = {}
+"""The snapshot of this worker's folder as it was made."""
+
+
 class RealWork(BaseException):
     """The command has begun what it should have refused."""
 
@@ -52,18 +56,23 @@ def _restore(original: Path, copy: Path) -> None:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(original, copy, symlinks=True)
     os.mkfifo(copy / "pipe.jsonl")
+    UNTOUCHED.clear()
+    UNTOUCHED.update(snapshot(copy))
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
     """Every file, folder and link below, with what a write would change."""
     found: dict[str, tuple] = {}
-    for root, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(root, name)
-            about = os.lstat(path)
-            is_folder = name in folders
-            known = () if is_folder else (about.st_size, about.st_mtime_ns, about.st_ino)
-            found[os.path.relpath(path, folder)] = (about.st_mode, *known)
+    open_folders = [str(folder)]
+    while open_folders:
+        with os.scandir(open_folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    open_folders.append(entry.path)
+                    found[entry.path] = ()
+                else:
+                    about = entry.stat(follow_symlinks=False)
+                    found[entry.path] = (about.st_size, about.st_mtime_ns, about.st_ino)
     return found
 
 
@@ -99,22 +108,21 @@ def no_real_work() -> Iterator[None]:
 def world(_world, made_once, monkeypatch, no_real_work) -> Iterator[Path]:
     """The folder of `bad_world`, as the current one; made anew where a test changed it."""
     monkeypatch.chdir(_world)
-    before = snapshot(_world)
     yield _world
-    if snapshot(_world) != before:
+    if snapshot(_world) != UNTOUCHED:
         _restore(made_once("bad-world", build), _world)
 
 
 @pytest.fixture
 def refuse(world, capfd) -> Callable[..., str]:
     """`refuse(argv, *fragments)`: run a command that must be refused, and return its one line."""
-    before = snapshot(world)
 
     def refused(argv, *fragments: str) -> str:
         code = main(list(argv))
         out, err = capfd.readouterr()
-        changed = {name for name, _ in set(before.items()) ^ set(snapshot(world).items())}
-        assert not changed, f"changed on the disk: {sorted(changed)}"
+        now = snapshot(world)
+        changed = [name for name in {**now, **UNTOUCHED} if now.get(name) != UNTOUCHED.get(name)]
+        assert not changed, f"changed on the disk: {changed}"
         assert code == 2, f"exit {code}: {out[:300]} {err[-300:]}"
         assert err.startswith("error: "), err[-1500:]
         line = err.removesuffix("\n")

@@ -7,9 +7,11 @@ the docstring under each field, read from the source.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import typing
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +61,12 @@ def _kind(default: Any) -> Any:
 
 def field_docs(cls: type) -> dict[str, str]:
     """Return the docstring under each field of a class and of what it inherits, on one line."""
+    return dict(_field_docs(cls))
+
+
+@functools.cache
+def _field_docs(cls: Hashable) -> dict[str, str]:
+    assert isinstance(cls, type)
     docs: dict[str, str] = {}
     for c in reversed(cls.__mro__[:-1]):
         try:
