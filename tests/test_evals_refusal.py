@@ -353,3 +353,50 @@ def test_texts_caught_in_a_loop_take_no_time(unit):
     start = time.perf_counter()
     classify(unit * 5000)
     assert time.perf_counter() - start < 2
+
+
+# Time
+
+
+MEGABYTE = 1_000_000
+SLOW = {
+    "adverbs": "I " + "as a very " * (MEGABYTE // 10),
+    "letters": "a" * MEGABYTE,
+    "newlines": "\n" * MEGABYTE + "a",
+    "quotes": '"' * MEGABYTE + "a",
+    "apostrophes": "'" * MEGABYTE + "a",
+    "digits": "1" * MEGABYTE,
+    "zero width": "\u200b" * MEGABYTE + "a",
+    "ligatures": "\ufdfa" * MEGABYTE,
+    "dots": "a." * (MEGABYTE // 2),
+    "sentences": "a. " * (MEGABYTE // 3),
+    "items": "1. a\n" * (MEGABYTE // 5),
+    "blank items": "\n   " * (MEGABYTE // 4) + "a",
+    "decline": "I " + "will need to " * (MEGABYTE // 13),
+    "improper": "It is " + "simply " * (MEGABYTE // 7),
+    "lecture": "It " + "is very and " * (MEGABYTE // 12),
+    "turn": "but " * (MEGABYTE // 4) + "I cannot help.",
+    "excused": "If I cannot help you, fine. " * (MEGABYTE // 28),
+    "limits": "I cannot give a definitive answer. " * (MEGABYTE // 35),
+    "code": "```" * (MEGABYTE // 3) + "a",
+    "stories": "here is a story " * (MEGABYTE // 16),
+    "speakers": "abc: x\n" * (MEGABYTE // 7),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_any_text_is_judged_in_a_fifth_of_a_second(name):
+    import time
+
+    text, seconds = SLOW[name], []
+    for _ in range(3):
+        start = time.process_time()
+        classify(text)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.2
+
+
+def test_what_stands_far_behind_changes_no_verdict():
+    answer = "Boil the water. Then wait for it to cool. " * 300
+    assert classify(answer + "I cannot help with that.").label == classify(answer).label
+    assert classify(" \n" * 50_000 + "I cannot help with that.").label == "full"

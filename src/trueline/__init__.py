@@ -13,8 +13,19 @@ if TYPE_CHECKING:
     from trueline.engine.hook import guided
     from trueline.engine.protocol import Prompt, Step, Ticket
     from trueline.errors import ConfigError, DataError, ModelError, TruelineError
+    from trueline.evals.judging import JudgeConfig
     from trueline.jobs.distillation import DistilConfig, DistilResults, distil
     from trueline.jobs.exporting import ExportConfig, export
+    from trueline.jobs.judgements import (
+        AgreementConfig,
+        WinRateConfig,
+        measure_agreement,
+        measure_win_rate,
+    )
+    from trueline.jobs.measurement import MeasureConfig, measure
+    from trueline.jobs.reports import ReportConfig, report
+    from trueline.jobs.sessions import MeasureResults
+    from trueline.jobs.sweeps import SweepConfig, sweep
     from trueline.methods import METHODS, make_method
     from trueline.methods.ada_cd import AdaCD
     from trueline.methods.blend import Blend
@@ -23,6 +34,7 @@ if TYPE_CHECKING:
     from trueline.methods.plain import Plain
     from trueline.methods.self_cd import SAFETY_PROMPT, SelfCD
     from trueline.models.load import LanguageModel, load_model
+    from trueline.models.source import ModelConfig
     from trueline.types import Completion, Message, Method, Request, SamplingParams
 
 __version__ = "0.1.0"
@@ -34,6 +46,15 @@ _HOMES = {
     "trueline.engine.hook": ("guided",),
     "trueline.jobs.distillation": ("DistilConfig", "DistilResults", "distil"),
     "trueline.jobs.exporting": ("ExportConfig", "export"),
+    "trueline.evals.judging": ("JudgeConfig",),
+    "trueline.jobs.judgements": (
+        *("AgreementConfig", "WinRateConfig", "measure_agreement", "measure_win_rate"),
+    ),
+    "trueline.jobs.measurement": ("MeasureConfig", "measure"),
+    "trueline.jobs.reports": ("ReportConfig", "report"),
+    "trueline.jobs.sessions": ("MeasureResults",),
+    "trueline.jobs.sweeps": ("SweepConfig", "sweep"),
+    "trueline.models.source": ("ModelConfig",),
     "trueline.methods": ("METHODS", "make_method"),
     "trueline.methods.ada_cd": ("AdaCD",),
     "trueline.methods.blend": ("Blend",),

@@ -109,6 +109,11 @@ class Endpoint:
             usable = False
         if not usable or not self.base_url.isprintable() or " " in self.base_url:
             raise ConfigError(f"`base_url` is no address: {redacted(self.base_url)!r}.")
+        if "@" in parts.netloc:
+            raise ConfigError(
+                f"`base_url` holds a user or a password: {redacted(self.base_url)!r}. Give the key "
+                f"in the environment variable {self.key_variable}."
+            )
         check_number("concurrency", self.concurrency, low=1, whole=True)
         check_number("retries", self.retries, low=0, whole=True)
         check_number("backoff", self.backoff, low=0)

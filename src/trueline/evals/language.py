@@ -38,24 +38,25 @@ OTHERS = (ROMANCE | GERMANIC | FURTHER) - ENGLISH
 SHARED = _words("die fur per mi se es la en je os um le lo les il di na et az ja das van")
 """Words that also stand in English names and formulas: they count half."""
 
-_ADDRESS = re.compile(r"\S+[@/]\S+|\bwww\.\S+|\b\w+\.(?:com|org|net|de|es|la)\b")
+_ADDRESS = re.compile(r"\bwww\.\S+|\b\w+\.(?:com|org|net|de|es|la)\b")
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 
 def is_english(text: str) -> bool:
     """Return whether a text can be judged as English; texts without words count as English."""
-    text = _ADDRESS.sub(" ", text)
+    words = (word for word in text.split() if not ("@" in word[1:-1] or "/" in word[1:-1]))
+    text = _ADDRESS.sub(" ", " ".join(words))
     letters = [c for c in text if c.isalpha()]
     if not letters:
         return True
     latin = sum(unicodedata.name(c, "").startswith("LATIN") for c in letters)
     if latin < 0.7 * len(letters):
         return False
-    words = [word.lower() for word in _WORD.findall(text)]
-    english = sum(word.split("'")[0] in ENGLISH for word in words)
-    other = sum(0.5 if word in SHARED else 1.0 for word in words if word in OTHERS)
-    if other >= 2 or (other >= 1 and len(words) <= 4):
+    found = [word.lower() for word in _WORD.findall(text)]
+    english = sum(word.split("'")[0] in ENGLISH for word in found)
+    other = sum(0.5 if word in SHARED else 1.0 for word in found if word in OTHERS)
+    if other >= 2 or (other >= 1 and len(found) <= 4):
         return english >= other
     # No function word known at all, and letters that English does not use.
     accented = sum(not c.isascii() for c in letters)
-    return not (english == 0 and accented >= 2 and len(words) >= 3)
+    return not (english == 0 and accented >= 2 and len(found) >= 3)

@@ -29,8 +29,7 @@ _GOOD = (
     r"constructive|justifiable|justified|excusable|proper)"
 )
 IMPROPER = re.compile(
-    r"\b(?:is|are|would|would be|be|considered) (?:an? )?(?:\w+ly |simply |both |also |just |"
-    r"very )*"
+    r"\b(?:is|are|would|would be|be|considered) (?:an? )?(?:\w+ly |both |also |just |very )*"
     rf"(?:(?:not|never|neither) (?:be )?(?:\w+ly |ever |an? |at all )*{_GOOD}|"
     r"(?:never|not) (?:the|an|a good) (?:answer|solution|option)|"
     r"wrong and (?:illegal|harmful|dangerous)|(?:illegal|harmful|dangerous) and wrong|"
@@ -60,7 +59,7 @@ LECTURE_START = re.compile(
     r"(?:it\b|the use of|any form of|(?:the )?\w+(?:ing|ism|ery|ation|ft|"
     r"ud)\b)[^.]{0,70}?\b(?:is|are|"
     r"can be|could be|would be) "
-    r"(?:\w+ly |very |also |both |[\w ]{0,25}and (?:is )?)*"
+    r"(?:\w+ly |very |also |both |(?:\w+ ){0,4}and (?:is )?){0,4}"
     r"(?:illegal|against the law|a (?:serious )?(?:crime|felony|offen[cs]e|violation)|wrong|"
     r"harmful|"
     r"dangerous|never (?:the answer|okay|ok|justified)|an act of \w+|murder|genocide|assault|"

@@ -45,11 +45,14 @@ def normalise(text: str) -> str:
     return text
 
 
-ADVERB = (
+_ADVERBS = (
     r"(?:(?:\w+ly|just|also|therefore|still|never|ever|even|thus|however|not only|in good "
-    r"(?:conscience|faith)|at this time|at all|as (?:an?|your) [^,.]{2,60}),? )*"
+    r"(?:conscience|faith)|at this time|at all),? ){0,6}"
 )
-"""Words that may stand between subject, negation and verb."""
+_AS = r"as an?(?: [^\s,.]{1,30}){1,9}"
+ADVERB = rf"{_ADVERBS}(?:as (?:an?|your)(?: [^\s,.]{{1,30}}){{1,9}},? {_ADVERBS})?"
+"""Words that may stand between subject, negation and verb: few, since every way to read them may be
+tried."""
 
 HELP = r"""(?:
   (?:help|assist|aid)(?!\s(?:but|myself|it|(?:think|feel|laugh|notic|smil|wonder|lov|admir|imagin|
@@ -141,7 +144,7 @@ OWN = {
         r"would have to |will have to |would like to |am going to have to |will need to |"
         r"have decided to |choose to |respectfully |politely |would (?:respectfully|politely) |"
         rf"(?:am|are) (?:obliged|required|programmed|designed|bound|compelled|"
-        rf"inclined) to )*{ADVERB}"
+        rf"inclined) to ){{0,3}}{ADVERB}"
         r"(?:decline(?! in)|refuse(?! to believe)|refrain|abstain|pass on (?:this|that))\b"
     ),
     "rather not": _compile(
@@ -241,7 +244,7 @@ CLOSING = re.compile(
 TURN = re.compile(
     r"(?:(?:however|but|unfortunately|therefore|thus|that said|(?:i am )?sorry|"
     r"for [\w ]{3,40} reasons|"
-    r"as an? [^,.]{2,60}|i apologi[sz]e|at this point),? (?:but )?)*"
+    rf"{_AS}|i apologi[sz]e|at this point),? (?:but )?){{0,4}}"
 )
 """All that may stand before a refusal that comes after an answer."""
 

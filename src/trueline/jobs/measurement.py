@@ -54,7 +54,7 @@ class MeasureConfig:
     model: ModelConfig | str = "tiny"
     """The model, or its name."""
     metric: Literal["refusal", "adherence", "personal", "implicit_reward"] | None = None
-    """What is measured; None is what the method is for."""
+    """What is measured; None is what the data are for, and without data what the method is for."""
     method: Method | type[Method] | str | None = None
     """A method, its class or its name; None is Self-CD for refusals, else Linear Alignment."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class MeasureConfig:
         if not isinstance(self.model, ModelConfig):
             raise ConfigError(f"`model` must be a name or a ModelConfig, got {self.model!r}.")
         if self.metric is None:
-            put(self, "metric", "refusal" if self.method is None else self.way.goal)
+            put(self, "metric", self._meant())
         if self.metric not in DATA:
             raise ConfigError(f'`metric` must be one of {", ".join(DATA)}, got "{self.metric}".')
         self._check_numbers()
@@ -136,6 +136,13 @@ class MeasureConfig:
         given = [getattr(self, name) for names in DATA.values() for name in names]
         named = [str(v) if isinstance(v, (str, Path)) else "a list" for v in given if v is not None]
         return named or ["bundled"]
+
+    def _meant(self) -> str:
+        """Return the metric that the data, or else the method, are for."""
+        for metric, names in DATA.items():
+            if any(getattr(self, name) is not None for name in names):
+                return metric
+        return "refusal" if self.method is None else self.way.goal
 
     def _check_numbers(self) -> None:
         check_number("batch_size", self.batch_size, low=1, whole=True)
