@@ -50,7 +50,9 @@ def test_inspect_writes_page_figure_and_trace(tmp_path, capsys, tiny):
     assert wanted.text in printed
     for name in ("index.html", "trace.png", "trace.jsonl"):
         assert str(folder / name) in printed
-    assert sorted(p.name for p in folder.iterdir()) == ["index.html", "trace.jsonl", "trace.png"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "index.html", "manifest.json", "trace.jsonl", "trace.png",
+    ]  # fmt: skip
 
 
 def test_inspect_takes_a_system_message_and_top(tmp_path):
@@ -66,7 +68,7 @@ def test_inspect_takes_a_system_message_and_top(tmp_path):
         (["--n", "2"], "`--n` 2"),
         (["--top", "0"], "`top`"),
         (["--seed", str(2**63)], "`seed`"),
-        (["--system", ""], "system message is empty"),
+        (["--system", "  "], "only white space"),
         (["--method", "self"], 'Unknown method "self"'),
     ],
 )
@@ -78,7 +80,26 @@ def test_inspect_names_what_is_wrong(tmp_path, capsys, argv, message):
 def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "taken").touch()
     assert inspect(tmp_path / "taken") == 2
-    assert "Cannot write into" in capsys.readouterr().err
+    assert 'taken" is a file' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["inspect", QUESTION], ["demo", "--limit", "1"]])
+def test_another_site_is_not_replaced(tmp_path, capsys, command):
+    names = ("index.html", "report.md", "results.json")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    assert main([*command, "--output", str(tmp_path)]) == 2
+    assert "holds no run but index.html" in capsys.readouterr().err
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(names, "mine")
+
+
+def test_a_page_of_before_is_replaced(tmp_path):
+    for question in ("One?", "Two?"):
+        argv = ["inspect", question, "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
+        assert main(argv) == 0
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "Two?" in (tmp_path / "out" / "index.html").read_text()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", [["inspect", QUESTION], ["demo"]])

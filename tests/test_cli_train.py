@@ -721,7 +721,7 @@ def test_weights_are_put_into_place_whole(tmp_path):
     from trueline.records.run_folder import RunFolder
 
     run = RunFolder(tmp_path / "run", "k", {})
-    (run.folder / "w").write_text("old")
+    run.write("w", "old")
 
     def fails(path: str) -> None:
         Path(path, "w").write_text("half")

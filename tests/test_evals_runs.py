@@ -248,6 +248,51 @@ def test_overwrite_removes_what_the_run_wrote_and_nothing_else(tmp_path):
     assert left == ["manifest.json", "thesis.tex"]
 
 
+def test_a_file_that_the_run_did_not_write_is_not_replaced(tmp_path):
+    run = taken(tmp_path / "run", "refusal", {})
+    (run.folder / "results.md").write_text("mine")
+    with pytest.raises(ConfigError, match="did not write it"):
+        run.write("results.md", "new")
+    run.close()
+    assert (run.folder / "results.md").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_lock_and_names_the_file(tmp_path, monkeypatch):
+    run = taken(tmp_path / "run", "refusal", {})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space") as error:
+        run.write("results.md", "new")
+    assert error.value.filename == str(tmp_path / "run" / "manifest.json")
+    with pytest.raises(OSError, match="No space"):
+        run.close({"seconds": 1})
+    assert sorted(p.name for p in run.folder.iterdir()) == ["manifest.json"]
+    assert json.loads((run.folder / "manifest.json").read_text())["sessions"] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [("Error while serializing: I/O error: No space left on device (os error 28)", 28),
+     ("Error while serializing: I/O error: File too large (os error 27)", 27),
+     ("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file", None)],
+)  # fmt: skip
+def test_other_libraries_errors_of_the_disk_name_the_folder(tmp_path, error, number):
+    from safetensors import SafetensorError
+
+    from trueline.records.disk import saving
+
+    kind = RuntimeError if number is None else SafetensorError
+    with pytest.raises(OSError, match=".") as found, saving(tmp_path):
+        raise kind(error)
+    assert found.value.filename == str(tmp_path)
+    assert number in (None, found.value.errno)
+    with pytest.raises(RuntimeError, match="shape"), saving(tmp_path):
+        raise RuntimeError("shape mismatch")
+
+
 def test_a_run_of_another_kind_is_not_overwritten(tmp_path):
     taken(tmp_path / "run", "distilled", {}).close()
     with pytest.raises(ConfigError, match='another kind, "distilled"'):

@@ -12,8 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trueline.cli.folders import output_folder
-
 if TYPE_CHECKING:
     from trueline.evals.statistics import Estimate
     from trueline.jobs.demo import Adherence, HeldOut, Refusal
@@ -39,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure on the bundled model and write the report."""
     from trueline.jobs.demo_figure import draw_demo
+    from trueline.records.run_folder import RunFolder
     from trueline.records.style import need_matplotlib
 
     need_matplotlib()
@@ -50,25 +49,31 @@ def run(args: argparse.Namespace) -> None:
     from trueline.models.load import load_model
 
     demo.check_limit(args.limit)
-    folder, start = output_folder(args.output), time.perf_counter()
-    held_out = demo.load_held_out(str(resources.files("trueline") / "assets/tiny/held_out.json"))
-    torch.set_num_threads(1)
-    decoder = Decoder(load_model("tiny"), batch_size=demo.BATCH)
-    total = demo.count_requests(held_out, args.limit)
-    with tqdm(total=total, unit="answer", disable=None, leave=False) as bar:
-        options: Any = {"limit": args.limit, "seed": args.seed, "on_done": bar.update}
-        adherence = demo.measure_adherence(decoder, held_out, **options)
-        refusal = demo.measure_refusal(decoder, held_out, **options)
-    seconds = round(time.perf_counter() - start, 1)
-    settings = describe(args, seconds)
-    report, results, figure = (folder / n for n in ("report.md", "results.json", FIGURE))
-    write_results(results, args, held_out, adherence, refusal, settings)
-    report.write_text(render_report(args, held_out, adherence, refusal, settings), encoding="utf-8")
-    draw_demo(adherence, refusal).savefig(figure)
+    folder, start = Path(args.output).expanduser(), time.perf_counter()
+    written = RunFolder(folder, "demo", {}, overwrite=True)
+    try:
+        held_out = demo.load_held_out(
+            str(resources.files("trueline") / "assets/tiny/held_out.json")
+        )
+        torch.set_num_threads(1)
+        decoder = Decoder(load_model("tiny"), batch_size=demo.BATCH)
+        total = demo.count_requests(held_out, args.limit)
+        with tqdm(total=total, unit="answer", disable=None, leave=False) as bar:
+            options: Any = {"limit": args.limit, "seed": args.seed, "on_done": bar.update}
+            adherence = demo.measure_adherence(decoder, held_out, **options)
+            refusal = demo.measure_refusal(decoder, held_out, **options)
+        seconds = round(time.perf_counter() - start, 1)
+        settings = describe(args, seconds)
+        written.start()
+        written.write("results.json", results_text(args, held_out, adherence, refusal, settings))
+        written.write("report.md", render_report(args, held_out, adherence, refusal, settings))
+        written.draw(FIGURE, draw_demo(adherence, refusal))
+    finally:
+        written.close()
     print(summary(adherence, refusal))
     print(f"\n{seconds} seconds, {total} answers")
-    for path in (report, figure, results):
-        print(path)
+    for name in ("report.md", FIGURE, "results.json"):
+        print(folder / name)
 
 
 def describe(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -92,15 +97,14 @@ def describe(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     }
 
 
-def write_results(
-    path: Path,
+def results_text(
     args: argparse.Namespace,
     held_out: HeldOut,
     adherence: Sequence[Adherence],
     refusal: Sequence[Refusal],
     settings: dict[str, Any],
-) -> None:
-    """Write every number and every answer as JSON."""
+) -> str:
+    """Return every number and every answer as JSON."""
     from trueline.jobs.demo import choose_pairs, choose_requests
 
     pairs = choose_pairs(held_out, args.limit, args.seed)
@@ -112,7 +116,7 @@ def write_results(
         "adherence": [dataclasses.asdict(row) for row in adherence],
         "refusal": [dataclasses.asdict(row) for row in refusal],
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def render_report(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trueline.cli.folders import output_folder
 from trueline.cli.options import (
     add_method_options,
     add_model_options,
@@ -20,7 +20,7 @@ from trueline.errors import ConfigError, check_number
 from trueline.types import Message, Method, SamplingParams, check_seed
 
 if TYPE_CHECKING:
-    from trueline.engine.trace import Comparison
+    from trueline.engine.trace import Comparison, Recording
 
 EXAMPLES = """examples:
   trueline inspect "What is the moon?" --principle "Talk like a pirate." --ratio 2
@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Decode the question with a trace and write the files."""
+    from trueline.engine.trace import write_jsonl
     from trueline.engine.trace_page import draw_trace, render_page
+    from trueline.records.run_folder import RunFolder
     from trueline.records.style import need_matplotlib
 
     method, sampling = method_and_sampling(args)
@@ -54,16 +56,37 @@ def run(args: argparse.Namespace) -> None:
     if sampling.n != 1:
         raise ConfigError(f"inspect shows one answer, got `--n` {sampling.n}. Leave it out.")
     need_matplotlib()
-    folder = output_folder(args.output)
-    messages: list[Message] = [{"role": "user", "content": args.question}]
-    if args.system is not None:
-        messages.insert(0, {"role": "system", "content": args.system})
+    folder = Path(args.output).expanduser()
+    run = RunFolder(folder, "inspect", {}, overwrite=True)
+    try:
+        recording, model = trace(args, method, sampling)
+        settings = describe(args, model, method, sampling)
+        labels = [branch_label(c) for c in recording.comparisons if c.branch is not None]
+        run.start()
+        run.write("index.html", render_page(recording, args.question, settings))
+        run.draw("trace.png", draw_trace(recording.tokens, args.question, labels))
+        write_jsonl(run.path("trace.jsonl"), recording.tokens)
+    finally:
+        run.close()
+    flips = sum(token.flipped for token in recording.tokens)
+    print(recording.text)
+    print(f"\n{flips} of {len(recording.tokens)} tokens flipped by {method.name}\n")
+    for name in ("index.html", "trace.png", "trace.jsonl"):
+        print(folder / name)
 
+
+def trace(
+    args: argparse.Namespace, method: Method, sampling: SamplingParams
+) -> tuple[Recording, str]:
+    """Decode the question with a trace; return it and the model's name."""
     from tqdm import tqdm
 
     from trueline.engine.decoding import Decoder
-    from trueline.engine.trace import record, write_jsonl
+    from trueline.engine.trace import record
 
+    messages: list[Message] = [{"role": "user", "content": args.question}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
     decoder = Decoder(load(args), share_prefixes=False)
     with tqdm(total=sampling.max_new_tokens, unit="token", disable=None, leave=False) as bar:
         recording = record(
@@ -75,17 +98,7 @@ def run(args: argparse.Namespace) -> None:
             top=args.top,
             on_token=lambda _: bar.update(),
         )
-    page, figure, rows = (folder / name for name in ("index.html", "trace.png", "trace.jsonl"))
-    write_jsonl(rows, recording.tokens)
-    settings = describe(args, decoder.model.name, method, sampling)
-    page.write_text(render_page(recording, args.question, settings), encoding="utf-8")
-    labels = [branch_label(c) for c in recording.comparisons if c.branch is not None]
-    draw_trace(recording.tokens, args.question, labels).savefig(figure)
-    flips = sum(token.flipped for token in recording.tokens)
-    print(recording.text)
-    print(f"\n{flips} of {len(recording.tokens)} tokens flipped by {method.name}\n")
-    for path in (page, figure, rows):
-        print(path)
+    return recording, decoder.model.name
 
 
 def describe(

@@ -110,16 +110,18 @@ class RunFolder:
 
     def close(self, session: Mapping[str, Any] | None = None) -> None:
         """Let another process have the folder; `session` says how long this call took."""
-        if session is not None:
-            self.note(session)
-        for file in self._open.values():
-            file.close()
-        self._open = {}
-        if self._held is not None:
-            self._held.release()
-        if not self._started and self.main and self._made:
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+        try:
+            if session is not None:
+                self.note(session)
+            for file in self._open.values():
+                file.close()
+        finally:
+            self._open = {}
+            if self._held is not None:
+                self._held.release()
+            if not self._started and self.main and self._made:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
 
     # -- what is written
 
@@ -131,6 +133,8 @@ class RunFolder:
         if path.is_symlink():
             raise ConfigError(f'"{path}" is a link, and a run writes through none. Remove it.')
         if name not in self.files:
+            if path.exists():
+                raise ConfigError(f'"{path}" is there, and this run did not write it. Move it.')
             self.files = sorted({*self.files, name})
             self._save()
         return path
