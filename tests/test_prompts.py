@@ -224,7 +224,7 @@ def test_an_empty_system_message_adds_nothing_where_there_is_no_role_for_it(mode
 
 
 def test_teachers_and_scores_see_the_prompts_that_decoding_sees(model):
-    from trueline.evals.likelihood import branch_rows
+    from trueline.evals.likelihood import branch_items
     from trueline.train.distil.teachers import make_teacher
 
     lm = LanguageModel(model, byte_tokenizer(KEEPS))
@@ -236,7 +236,7 @@ def test_teachers_and_scores_see_the_prompts_that_decoding_sees(model):
     assert lesson.prompt == wanted[1]  # the student's: the default text, no principle
     led = make_teacher("linear-alignment", {"principle": "Be brief."}, student="prompted")
     assert led.lesson(lm, {"prompt": "Why?"}).prompt == wanted[0]
-    assert branch_rows(lm, method, [[USER]], [[5]])[0] == wanted
+    assert [list(b) for b in branch_items(lm, method, [[USER]], [[5]])[0].branches] == wanted
 
 
 def test_on_the_command_line(model, tmp_path, capsys):

@@ -15,7 +15,7 @@ from trueline.errors import ConfigError, ModelError
 from trueline.models.adapter import check_adapter, find_adapter, put_adapter
 from trueline.models.checkpoint import read_config, read_tokenizer, read_weights
 from trueline.models.device import check_dtype, find_device, find_dtype
-from trueline.models.hub import Place
+from trueline.models.hub import LOADING, Place
 from trueline.models.packed import pack_weights
 from trueline.models.places import find_model
 
@@ -148,15 +148,13 @@ def load_model(
     model, and for one that cannot be used.
     """
     target = _checked(name, dtype, device, device_map, adapter, quantize, chat_template)
-    tell = progress or (lambda *_: None)
+    tell = progress or LOADING.get() or (lambda *_: None)
     tell(f"loading {name}", 0, 1)
     template = _read_template(chat_template)
     tuned = None if adapter is None else find_adapter(adapter)
     if tuned is not None:
         check_adapter(tuned)
-    place = find_model(
-        name, revision=revision, trust_remote_code=trust_remote_code, progress=progress
-    )
+    place = find_model(name, revision=revision, trust_remote_code=trust_remote_code, progress=tell)
     model, tokenizer = _read(place, target, dtype, device_map, quantize)
     if template is not None:
         tokenizer.chat_template = template
