@@ -31,7 +31,7 @@ LAYERS = [
     {"evals"},
     {"train"},
     {"jobs"},
-    {"integrations", "continual"},
+    {"integrations", "continual", "server"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

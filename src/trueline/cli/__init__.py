@@ -27,6 +27,7 @@ COMMANDS = {
     "distil": "move a decoding method's policy into an adapter or the weights",
     "stack": "train task after task, each on top of those before, with nothing forgotten",
     "export": "make one plain LoRA, or merged weights, of the adapters of several tasks",
+    "serve": "answer OpenAI clients under the methods, over HTTP",
     "report": "put runs of `trueline eval` side by side, as Markdown and HTML",
 }
 """Name and summary of each command; its module in this package bears its name."""

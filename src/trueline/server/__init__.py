@@ -1,0 +1,1 @@
+"""The methods behind an OpenAI-compatible HTTP server."""

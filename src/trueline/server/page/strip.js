@@ -1,0 +1,171 @@
+// A traced answer: its tokens, how far the method moved each, and what it chose among.
+// Takes the rows of a trace (see trueline.engine.trace); writes text only through textContent.
+
+const LEVELS = [0.05, 0.25, 1, 3]; // nats; the marks of a token follow these
+const SVG = "http://www.w3.org/2000/svg";
+const MOVED = [
+  "hardly moved", "moved a little", "moved", "moved far", "moved very far",
+];
+
+export function make(tag, { text, ...rest } = {}, ...children) {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  for (const [name, value] of Object.entries(rest)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children);
+  return node;
+}
+
+export function draw(tag, attributes = {}, text) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+export function number(value) {
+  return typeof value === "number" ? value : value === "inf" ? Infinity : Number(value);
+}
+
+export function level(token) {
+  const kl = number(token.branches[0]?.kl ?? 0);
+  return LEVELS.filter((limit) => kl >= limit).length;
+}
+
+const percent = (p) => `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`;
+const nats = (kl) => (Number.isFinite(kl) ? kl.toFixed(2) : "infinite");
+const visible = (text) => text.replace(/\n/g, "⏎").replace(/^ | $/g, "␣") || "∅";
+
+/** The marks of a token in words, for those who do not see colours. */
+export function describe(token) {
+  const kl = nats(number(token.branches[0]?.kl ?? 0));
+  const other = token.flipped ? ", not what the first prompt alone would say" : "";
+  return `${visible(token.token)}: ${MOVED[level(token)]} (${kl} nats)${other}`;
+}
+
+export class Strip {
+  /** names: what each branch is called; force(position, alternative): go on from another token. */
+  constructor(root, { names = [], force = null } = {}) {
+    Object.assign(this, { root, names, force, tokens: [], chosen: null, forced: 0 });
+    this.line = make("p", { class: "tokens", "aria-label": "Tokens of the aligned answer" });
+    this.chart = make("div", { class: "chart" });
+    this.detail = make("div", { class: "detail", "aria-live": "polite" });
+    root.replaceChildren(this.line, this.chart, legend(), this.detail);
+    this.line.addEventListener("keydown", (event) => this.onKey(event));
+  }
+
+  clear(prefix = "") {
+    this.tokens = [];
+    this.chosen = null;
+    this.line.replaceChildren();
+    if (prefix) this.line.append(make("span", { class: "token forced", text: prefix }));
+    this.detail.replaceChildren();
+    this.chart.replaceChildren();
+  }
+
+  add(token) {
+    const index = this.tokens.push(token) - 1;
+    if (token.text === "" && token.token.startsWith("<")) return;
+    const choose = () => this.choose(index);
+    this.line.append(make("button", {
+      type: "button", class: `token heat-${level(token)}${token.flipped ? " other" : ""}`,
+      text: token.text || visible(token.token), title: describe(token), "aria-label": describe(token),
+      "aria-pressed": "false", "data-index": index, tabindex: index ? "-1" : "0",
+      onclick: choose, onmouseenter: choose, onfocus: choose,
+    }));
+  }
+
+  finish() {
+    this.chart.replaceChildren(this.picture());
+  }
+
+  onKey(event) {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const all = [...this.line.querySelectorAll("button")];
+    const next = all[all.indexOf(document.activeElement) + step];
+    if (next) {
+      next.focus();
+      event.preventDefault();
+    }
+  }
+
+  choose(index) {
+    if (this.chosen === index) return;
+    this.chosen = index;
+    for (const button of this.line.querySelectorAll("button")) {
+      const own = Number(button.dataset.index) === index;
+      button.setAttribute("aria-pressed", own);
+      button.tabIndex = own ? 0 : -1;
+    }
+    for (const bar of this.chart.querySelectorAll(".bar")) {
+      bar.classList.toggle("chosen", Number(bar.dataset.index) === index);
+    }
+    this.detail.replaceChildren(...this.explain(index));
+  }
+
+  explain(index) {
+    const token = this.tokens[index];
+    const combined = new Map(token.alternatives.map((a) => [a.token_id, a.probability]));
+    const lists = [
+      ["Drawn from", token.alternatives, null],
+      ...token.branches.map((b) => [this.names[b.branch] ?? `Prompt ${b.branch + 1}`, b.alternatives, b]),
+    ];
+    const tables = lists.map(([name, list, branch]) => make("div", {},
+      make("h3", { text: branch ? `${name} · ${nats(number(branch.kl))} nats away` : name }),
+      this.table(index, list, branch, combined, name)));
+    return [make("p", { class: "note", text: `Token ${index + 1}: ${describe(token)}.` }),
+      make("div", { class: "tables" }, ...tables)];
+  }
+
+  table(index, list, branch, combined, name) {
+    const token = this.tokens[index];
+    const rows = list.map((a) => {
+      const chosen = a.token_id === token.token_id;
+      const text = visible(a.token);
+      const left = branch && !combined.has(a.token_id) ? " (left out)" : "";
+      const cell = this.force
+        ? make("button", { type: "button", text, title: "Go on from this token",
+          "aria-label": `Go on from ${text}`, onclick: () => this.force(index, a) })
+        : make("span", { text });
+      return make("tr", { class: chosen ? "chosen" : undefined },
+        make("td", {}, cell, left, chosen ? " ✓" : ""),
+        make("td", { class: "number", text: percent(a.probability) }));
+    });
+    return make("table", { "aria-label": `Likeliest tokens: ${name}` },
+      make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "Token" }),
+        make("th", { scope: "col", text: "Probability" }))),
+      make("tbody", {}, ...rows));
+  }
+
+  /** Bars of KL, one a token. */
+  picture() {
+    const kls = this.tokens.map((t) => Math.min(number(t.branches[0]?.kl ?? 0), 20));
+    const width = Math.max(320, kls.length * 12 + 60), height = 110;
+    const top = Math.max(1, ...kls);
+    const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
+      "aria-label": `How far each of ${kls.length} tokens was moved, in nats; at most ${top.toFixed(1)}` });
+    svg.append(draw("line", { class: "axis", x1: 40, x2: width, y1: 90, y2: 90, stroke: "#888" }));
+    svg.append(draw("text", { x: 0, y: 18, "font-size": 12 }, `${top.toFixed(1)}`));
+    svg.append(draw("text", { x: 0, y: 94, "font-size": 12 }, "0 nats"));
+    kls.forEach((kl, i) => {
+      const size = (80 * kl) / top;
+      const bar = draw("rect", { class: "bar", x: 44 + i * 12, y: 90 - size, width: 9,
+        height: Math.max(size, 0.5), fill: "#d97706", "data-index": i });
+      bar.append(draw("title", {}, describe(this.tokens[i])));
+      bar.addEventListener("click", () => this.choose(i));
+      svg.append(bar);
+    });
+    svg.append(draw("text", { x: 44, y: 106, "font-size": 12 },
+      "KL(drawn from ‖ first prompt alone), token by token"));
+    return svg;
+  }
+}
+
+function legend() {
+  const marks = MOVED.map((text, i) => make("span", { class: `token heat-${i}`, text }));
+  return make("p", { class: "legend" }, ...marks,
+    make("span", { class: "token other", text: "bold: the first prompt alone says something else" }));
+}

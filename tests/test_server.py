@@ -1,0 +1,421 @@
+"""The server, through the official client and over bare HTTP, on the bundled model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs: pip install 'trueline[serve]'")
+pytest.importorskip("openai", reason="the server's tests need the package openai")
+
+import httpx
+import openai
+import uvicorn
+
+from trueline import LinearAlignment, Request, SamplingParams, SelfCD, generate, load_model
+from trueline.errors import ConfigError, DataError
+from trueline.server.app import build_app
+from trueline.server.config import Preset, ServeConfig, read_keys, read_presets
+
+MOON = [{"role": "user", "content": "What is the moon?"}]
+PIRATE = {"method": "linear-alignment", "principle": "Talk like a pirate."}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", dtype="float32")
+
+
+@contextlib.contextmanager
+def serving(model, config):
+    """A server on a free port of the loopback; yields its address and its application."""
+    app = build_app(model, config)
+    settings = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", app.state.server
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(tiny):
+    presets = {"pirate": Preset(LinearAlignment("Talk like a pirate."), {"temperature": 0.0})}
+    with serving(tiny, ServeConfig(presets=presets, max_tokens=64)) as (address, inside):
+        yield address, inside
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0)
+
+
+def offline(tiny, method=None, seed=0, **sampling):
+    params = SamplingParams(**{"max_new_tokens": 64, "temperature": 0.0} | sampling)
+    return generate(tiny, [Request(MOON, method, params, seed)])
+
+
+def test_the_official_client_gets_what_generate_gives(client, tiny):
+    for method, fields in [(None, None), (LinearAlignment("Talk like a pirate."), PIRATE)]:
+        for temperature, seed in [(0.0, 0), (0.8, 7)]:
+            got = client.chat.completions.create(
+                model="tiny", messages=MOON, temperature=temperature, seed=seed, max_tokens=24,
+                extra_body={"alignment": fields} if fields else {},
+            )  # fmt: skip
+            [own] = offline(tiny, method, seed, temperature=temperature, max_new_tokens=24)
+            assert got.choices[0].message.content == own.text
+            assert got.choices[0].finish_reason == own.finish_reason
+            assert got.usage.completion_tokens == len(own.token_ids)
+            assert got.usage.branch_prompt_tokens == list(own.prompt_tokens)
+
+
+def test_streams_say_the_same_piece_by_piece(client, tiny):
+    stream = client.chat.completions.create(
+        model="tiny", messages=MOON, temperature=0, stream=True,
+        stream_options={"include_usage": True}, extra_body={"alignment": PIRATE},
+    )  # fmt: skip
+    chunks = list(stream)
+    [own] = offline(tiny, LinearAlignment("Talk like a pirate."))
+    texts = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert "".join(texts) == own.text
+    assert len(texts) > 3
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == own.finish_reason
+    assert chunks[-1].usage.completion_tokens == len(own.token_ids)
+
+
+def test_samples_stops_and_both_names_of_the_limit(client, tiny):
+    got = client.chat.completions.create(
+        model="tiny", messages=MOON, n=3, seed=5, temperature=1, max_completion_tokens=12
+    )
+    own = offline(tiny, seed=5, n=3, temperature=1.0, max_new_tokens=12)
+    assert [c.message.content for c in got.choices] == [c.text for c in own]
+    assert [c.index for c in got.choices] == [0, 1, 2]
+    [whole] = offline(tiny)
+    word = whole.text.split()[2]
+    cut = client.chat.completions.create(model="tiny", messages=MOON, temperature=0, stop=word)
+    assert cut.choices[0].message.content == whole.text.split(word)[0]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_logprobs_are_those_of_the_combined_distribution(client, tiny):
+    got = client.chat.completions.create(
+        model="tiny", messages=MOON, temperature=0, logprobs=True, top_logprobs=3, max_tokens=10,
+        extra_body={"alignment": PIRATE},
+    )  # fmt: skip
+    method = LinearAlignment("Talk like a pirate.")
+    [own] = offline(tiny, method, logprobs=True, max_new_tokens=10)
+    tokens = got.choices[0].logprobs.content
+    assert [t.logprob for t in tokens] == pytest.approx(own.logprobs, abs=1e-4)
+    for token in tokens:
+        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob, abs=1e-6)
+        assert 1 <= len(token.top_logprobs) <= 3
+    plain = client.completions.create(
+        model="tiny", prompt="The moon is", temperature=0, logprobs=2, max_tokens=5
+    )
+    found = plain.choices[0].logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset)
+    assert plain.choices[0].text == "".join(found.tokens)[: len(plain.choices[0].text)]
+
+
+def test_text_completions_take_several_prompts(client, tiny):
+    got = client.completions.create(
+        model="tiny", prompt=["The moon is", "A cat is"], temperature=0, max_tokens=8
+    )
+    from dataclasses import replace
+
+    params = SamplingParams(max_new_tokens=8)
+    own = generate(replace(tiny, raw=True), ["The moon is", "A cat is"], sampling=params)
+    assert [c.text for c in got.choices] == [c.text for c in own]
+
+
+def test_presets_are_models(client, tiny):
+    assert [m.id for m in client.models.list()] == ["tiny", "tiny:pirate"]
+    got = client.chat.completions.create(model="tiny:pirate", messages=MOON)
+    [own] = offline(tiny, LinearAlignment("Talk like a pirate."))
+    assert got.choices[0].message.content == own.text
+    again = client.chat.completions.create(
+        model="tiny:pirate", messages=MOON, extra_body={"vllm_xargs": {"ratio": 0}}
+    )
+    [prompted] = offline(tiny, LinearAlignment("Talk like a pirate.", ratio=0))
+    assert again.choices[0].message.content == prompted.text
+
+
+def test_parts_of_text_are_joined(client, tiny):
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "the moon?"}]
+    got = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": parts}], temperature=0
+    )
+    assert got.choices[0].message.content == offline(tiny)[0].text
+
+
+def test_a_trace_says_what_the_method_changed(client):
+    got = client.chat.completions.create(
+        model="tiny", messages=MOON, temperature=0, extra_body={"alignment": PIRATE, "trace": True}
+    )
+    trace = got.choices[0].trace
+    assert len(trace) == got.usage.completion_tokens
+    assert {len(t["branches"]) for t in trace} == {2}
+    assert any(t["flipped"] for t in trace)
+    assert "".join(t["text"] for t in trace) == got.choices[0].message.content
+
+
+def test_many_clients_at_once_get_their_own_texts(server, tiny):
+    """Requests of different methods, lengths and seeds join one batch and leave it."""
+    methods = [None, PIRATE, {"method": "self-cd", "alpha": 2.0}]
+    ours = [None, LinearAlignment("Talk like a pirate."), SelfCD(alpha=2.0)]
+    found = {}
+
+    def ask(i):
+        body = {"model": "tiny", "messages": MOON, "temperature": 0.9, "seed": i}
+        body |= {"max_tokens": 3 + i % 17}
+        if methods[i % 3]:
+            body["alignment"] = methods[i % 3]
+        time.sleep(0.003 * (i % 11))
+        answer = httpx.post(f"{server[0]}/v1/chat/completions", json=body, timeout=60)
+        found[i] = answer.json()["choices"][0]["message"]["content"]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(33)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(33):
+        [own] = offline(tiny, ours[i % 3], i, temperature=0.9, max_new_tokens=3 + i % 17)
+        assert found[i] == own.text
+    assert not server[1].engine._jobs
+
+
+def test_who_goes_away_frees_its_rows(server):
+    body = {"model": "tiny", "messages": MOON, "n": 4, "max_tokens": 64, "stream": True}
+    body |= {"stop": ["never said"], "alignment": PIRATE, "temperature": 1.5}
+    with httpx.stream("POST", f"{server[0]}/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())
+    until = time.monotonic() + 5
+    while server[1].engine._jobs and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not server[1].engine._jobs
+    assert client_metrics(server)["trueline:groups_running"] == 0
+
+
+def client_metrics(server):
+    lines = httpx.get(f"{server[0]}/metrics").text.splitlines()
+    found = (re.match(r"([\w:]+)\{[^}]*\} ([\d.e+-]+)$", line) for line in lines)
+    return {m[1]: float(m[2]) for m in found if m}
+
+
+def test_metrics_count_tokens_and_what_the_contrast_did(server, client):
+    before = client_metrics(server)
+    got = client.chat.completions.create(
+        model="tiny", messages=MOON, temperature=0, extra_body={"alignment": PIRATE}
+    )
+    after = client_metrics(server)
+    tokens = after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]
+    assert tokens == got.usage.completion_tokens
+    assert after["trueline:traced_tokens_total"] > before.get("trueline:traced_tokens_total", 0)
+    assert after["vllm:num_requests_waiting"] == 0
+
+
+WRONG = {
+    "no JSON": (b"{", 400, "JSON"),
+    "not a table": (b"[1]", 400, "body"),
+    "no model": ({"messages": MOON}, 400, "`model` is missing"),
+    "no messages": ({"model": "tiny"}, 400, "`messages` is missing"),
+    "unknown model": ({"model": "tinny", "messages": MOON}, 404, 'Did you mean "tiny"?'),
+    "unknown preset": ({"model": "tiny:pirat", "messages": MOON}, 404, "tiny:pirate"),
+    "unknown field": ({"topp": 1}, 400, "Unknown field `topp`"),
+    "no messages in it": ({"messages": []}, 400, "no user message"),
+    "role": ({"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
+    "empty content": ({"messages": [{"role": "user", "content": " "}]}, 400, "empty"),
+    "null content": ({"messages": [{"role": "user", "content": None}]}, 400, "content"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        400,
+        "only parts of text",
+    ),
+    "surrogate": (
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        400,
+        "surrogate",
+    ),
+    "late system": ({"messages": [*MOON, {"role": "system", "content": "x"}]}, 400, "first"),
+    "temperature": ({"temperature": -1}, 400, "`temperature`"),
+    "temperature as text": ({"temperature": "hot"}, 400, "`temperature`"),
+    "top_p": ({"top_p": 1.5}, 400, "`top_p` must be in (0, 1]"),
+    "n of zero": ({"n": 0}, 400, "`n`"),
+    "too many": ({"n": 100}, 400, "branches"),
+    "too long": ({"max_tokens": 65}, 400, "[1, 64]"),
+    "both limits": ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "not both"),
+    "stop": ({"stop": [""]}, 400, "`stop`"),
+    "stops": ({"stop": list("abcdefghijklmnopqrst")}, 400, "`stop` may hold"),
+    "seed": ({"seed": 2**70}, 400, "`seed`"),
+    "tools": ({"tools": [{"type": "function"}]}, 400, "`tools` has no counterpart"),
+    "penalty": ({"frequency_penalty": 0.5}, 400, "`frequency_penalty` has no counterpart"),
+    "format": ({"response_format": {"type": "json_object"}}, 400, "`response_format`"),
+    "top without logprobs": ({"top_logprobs": 3}, 400, "needs `logprobs`"),
+    "many top": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    "stream options": ({"stream_options": {"include_usage": True}}, 400, "needs `stream`"),
+    "method": ({"alignment": {"method": "linear-aligment"}}, 400, 'mean "linear-alignment"?'),
+    "method field": ({"alignment": {"method": "self-cd", "ratio": 1}}, 400, "no option `ratio`"),
+    "method value": ({"alignment": {**PIRATE, "ratio": "big"}}, 400, "`ratio`"),
+    "empty principle": ({"alignment": {**PIRATE, "principle": ""}}, 400, "`principle` is empty"),
+    "both forms": ({"alignment": PIRATE, "vllm_xargs": PIRATE}, 400, "not both"),
+    "not a method": ({"alignment": "pirate"}, 400, "alignment"),
+    "long prompt": ({"messages": [{"role": "user", "content": "a b " * 4000}]}, 400, "positions"),
+    "large body": ({"messages": [{"role": "user", "content": "a" * 2_000_000}]}, 413, "larger"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_bodies_are_answered_clearly(server, case):
+    content, status, words = WRONG[case]
+    if isinstance(content, dict):
+        whole = {"model": "tiny", "messages": MOON} | content
+        if case.startswith("no m") and case != "no messages in it":
+            whole = content
+        content = json.dumps(whole).encode()
+    answer = httpx.post(f"{server[0]}/v1/chat/completions", content=content)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert {"message", "type", "param", "code"} == set(error)
+    assert server[1].engine.alive
+
+
+def test_wrong_routes(server):
+    assert httpx.get(f"{server[0]}/v1/nowhere").json()["error"]["message"].startswith("GET /v1/now")
+    assert httpx.get(f"{server[0]}/v1/chat/completions").status_code == 405
+    assert httpx.get(f"{server[0]}/health").status_code == 200
+    assert httpx.get(f"{server[0]}/version").json()["version"]
+    assert httpx.get(f"{server[0]}/docs").status_code == 200
+
+
+def test_keys_are_asked_for(tiny):
+    with serving(tiny, ServeConfig(keys=("first", "second"))) as (address, _):
+        assert httpx.get(f"{address}/health").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first"}):
+            answer = httpx.get(f"{address}/v1/models", headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        for key in ("first", "second"):
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key=key)
+            assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields", "words"),
+    [
+        (None, {"method": "plain"}, "is fixed"),
+        (None, {"alpha": 0.0}, "is fixed"),
+        ("nothing", {"alpha": 0.0}, "is fixed"),
+        ("settings", {"method": "plain"}, "may change its settings only"),
+        ("settings", {"alpha": 1.0}, None),
+        ("anything", {"method": "plain"}, None),
+    ],
+)
+def test_a_fixed_method_is_not_for_clients(overrides, fields, words):
+    from trueline.server.asks import method_for
+
+    config = ServeConfig(method=SelfCD(), overrides=overrides)
+    if words is None:
+        assert method_for(fields, None, config) != SelfCD()
+    else:
+        with pytest.raises(ConfigError, match=words):
+            method_for(fields, None, config)
+    assert method_for(None, None, config) == SelfCD()
+
+
+def test_a_full_queue_says_when_to_come_again(tiny):
+    with serving(tiny, ServeConfig(max_waiting=1, max_running=1)) as (address, inside):
+        body = {"model": "tiny", "messages": MOON, "n": 8, "max_tokens": 400, "temperature": 1.9}
+        answers = []
+
+        def ask():
+            answers.append(httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60))
+
+        threads = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        refused = [a for a in answers if a.status_code == 429]
+        assert refused
+        assert {a.status_code for a in answers} == {200, 429}
+        assert all(int(a.headers["Retry-After"]) >= 1 for a in refused)
+        assert inside.engine.alive
+
+
+def test_a_request_may_not_take_for_ever(tiny):
+    with serving(tiny, ServeConfig(timeout=0.02)) as (address, inside):
+        body = {"model": "tiny", "messages": MOON, "n": 8, "temperature": 1.9}
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+        assert answer.status_code == 504
+        assert "more than 0.02 s" in answer.json()["error"]["message"]
+        assert inside.engine.alive
+
+
+def test_an_engine_that_dies_is_seen(tiny):
+    with serving(tiny, ServeConfig()) as (address, inside):
+
+        def breaks():
+            raise RuntimeError("out of memory")
+
+        inside.engine.backend.step = breaks
+        answer = httpx.post(
+            f"{address}/v1/chat/completions", json={"model": "tiny", "messages": MOON}
+        )
+        assert answer.status_code == 503
+        assert httpx.get(f"{address}/health").status_code == 503
+
+
+def test_presets_and_keys_come_from_files(tmp_path, monkeypatch):
+    file = tmp_path / "presets.toml"
+    file.write_text('[safe]\nmethod = "self-cd"\nalpha = 2\nsampling = { temperature = 0.5 }\n')
+    assert read_presets(file) == {"safe": Preset(SelfCD(alpha=2), {"temperature": 0.5})}
+    for text, words in [
+        ("", "no preset"),
+        ("[a b]", "cannot be read"),
+        ('["a b"]\nmethod = "plain"', "no preset"),
+        ("x = 1", "no preset"),
+        ('[x]\nmethod = "selfcd"', "Did you mean"),
+        ('[x]\nmethod = "plain"\nsampling = { temp = 1 }', "Unknown in `sampling`: temp"),
+        ('[x]\nmethod = "plain"\nsampling = { temperature = -1 }', "`temperature`"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(DataError, match=re.escape(str(file))) as found:
+            read_presets(file)
+        assert words in str(found.value)
+    keys = tmp_path / "keys"
+    keys.write_text("# for the team\nabc\n\ndef\n")
+    monkeypatch.setenv("TRUELINE_API_KEYS", "ghi,abc")
+    assert read_keys(keys) == ("ghi", "abc", "def")
+    keys.write_text("\n")
+    for path in (keys, tmp_path / "none"):
+        with pytest.raises(ConfigError):
+            read_keys(path)
+
+
+def test_the_command_serves_and_ends_when_told(tmp_path):
+    command = [sys.executable, "-m", "trueline", "serve", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    address = process.stdout.readline().strip()
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    got = client.chat.completions.create(model="tiny", messages=MOON, max_tokens=5)
+    assert got.usage.completion_tokens
+    process.terminate()
+    assert process.wait(timeout=30) in (0, -15)
+    assert "Traceback" not in process.stderr.read()
