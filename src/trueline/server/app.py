@@ -15,14 +15,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from trueline import __version__
 from trueline.engine.torch_backend import TorchBackend
 from trueline.engine.trace import TokenTexts
-from trueline.errors import DataError, ModelError, TruelineError
+from trueline.errors import ModelError, TruelineError
 from trueline.server.answers import Answer
 from trueline.server.asks import Ask, UnknownModel, check_size, model_names, read_ask
 from trueline.server.bodies import ChatBody, TextBody, first_error
@@ -247,8 +246,8 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(content, status, headers=headers)
 
     async def not_a_body(request: Request, error: Exception) -> Response:
-        assert isinstance(error, (RequestValidationError, ValidationError))
-        message, name = first_error(error)
+        assert isinstance(error, RequestValidationError)
+        message, name = first_error(error.errors()[0])
         content = error_object(message, "invalid_request_error", param=name)
         return JSONResponse(content, 400)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trueline.errors import ConfigError, DataError
 
@@ -140,11 +140,13 @@ class TextBody(Body):
         return self.logprobs
 
 
-def first_error(error: ValidationError) -> tuple[str, str]:
-    """Return (message, field) of the first thing that is wrong with a body."""
-    found = error.errors(include_url=False, include_context=False)[0]
-    place = [str(part) for part in found["loc"] if not str(part).startswith(("list[", "str", "Part"))]
-    name = ".".join(part for part in place if part not in ("body",)) or "body"
+def first_error(found: Any) -> tuple[str, str]:
+    """Return (message, field) of what pydantic found wrong with a body."""
+    marks = ("body", "str", "list[", "Part")  # of a union's members, no field of the body
+    place = [str(part) for part in found["loc"] if not str(part).startswith(marks)]
+    name = ".".join(place) or "body"
+    if found["type"] == "json_invalid":
+        return f"The body is no JSON: {found['ctx']['error']}.", "body"
     if found["type"] == "extra_forbidden":
         return f"Unknown field `{name}`. Leave it out.", name
     if found["type"] == "missing":

@@ -85,7 +85,7 @@ def router(default: Method | None, runs: str | Path | None) -> APIRouter:
 def describe(name: str) -> dict[str, Any]:
     """Return a method's name, first sentence, branches and fields, for the page."""
     cls = METHODS[name]
-    fields = []
+    fields: list[dict[str, Any]] = []
     for field in dataclasses.fields(cls):
         kind = "number" if str(field.type).split(" |")[0] in ("float", "int") else "text"
         default = None if field.default is dataclasses.MISSING else field.default
@@ -98,7 +98,7 @@ def describe(name: str) -> dict[str, Any]:
             {"name": field.name, "kind": kind, "default": default}
             | {"low": low, "high": high, "step": step}
         )
-    prompt = next((f["default"] for f in fields if f["name"].endswith("prompt")), None)
+    prompt = next((f["default"] for f in fields if str(f["name"]).endswith("prompt")), None)
     doc = (inspect.getdoc(cls) or "").split(".")[0] + "."
     names = list(NAMES.get(name, ()))
     return {"name": name, "about": doc, "branches": names, "prompt": prompt, "fields": fields}
