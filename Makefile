@@ -2,12 +2,12 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS := adapters,plots,device-map,train,lm-eval,inspect,dev
+EXTRAS := adapters,plots,device-map,train,lm-eval,inspect,serve,dev
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: demo test check format install clean
+.PHONY: demo test check format install browser clean
 
 demo: $(READY)  ## measure both methods on the bundled model; tables and a picture in demo/
 	$(BIN)/trueline demo --output demo
@@ -30,6 +30,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $(READY)
+
+browser:  ## Chromium for the tests of the page, from Debian's packages; needs root
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -yqq chromium; }
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf $(VENV) demo
