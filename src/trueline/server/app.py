@@ -247,7 +247,7 @@ def _add_errors(app: FastAPI) -> None:
 
     async def not_a_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        message, name = first_error(error.errors()[0])
+        message, name = first_error(error.errors())
         content = error_object(message, "invalid_request_error", param=name)
         return JSONResponse(content, 400)
 

@@ -6,6 +6,7 @@ is let through where its value asks for nothing (`frequency_penalty` 0, `tools` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -140,13 +141,17 @@ class TextBody(Body):
         return self.logprobs
 
 
-def first_error(found: Any) -> tuple[str, str]:
-    """Return (message, field) of what pydantic found wrong with a body."""
+def first_error(errors: Sequence[Any]) -> tuple[str, str]:
+    """Return (message, field) of what pydantic found wrong with a body, the first thing."""
+    # A message may be text or parts; of parts that are none, say what they are.
+    found = next((e for e in errors if e["loc"][-1] == "type"), errors[0])
     marks = ("body", "str", "list[", "Part")  # of a union's members, no field of the body
     place = [str(part) for part in found["loc"] if not str(part).startswith(marks)]
     name = ".".join(place) or "body"
     if found["type"] == "json_invalid":
         return f"The body is no JSON: {found['ctx']['error']}.", "body"
+    if name == "body" and isinstance(found["input"], bytes):
+        return "The body must be sent as JSON, with `Content-Type: application/json`.", name
     if found["type"] == "extra_forbidden":
         return f"Unknown field `{name}`. Leave it out.", name
     if found["type"] == "missing":

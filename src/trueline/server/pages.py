@@ -89,8 +89,8 @@ def describe(name: str) -> dict[str, Any]:
     for field in dataclasses.fields(cls):
         kind = "number" if str(field.type).split(" |")[0] in ("float", "int") else "text"
         default = None if field.default is dataclasses.MISSING else field.default
-        if kind == "number" and default is None:
-            continue  # an option that replaces another one
+        if kind == "number" and (default is None or field.name == "norm"):
+            continue  # options that replace another one, and go with those
         low, high, step = RANGES.get(field.name, (0, 1, 0.01) if kind == "number" else (0, 0, 0))
         if isinstance(default, (int, float)) and default > high:
             low, high, step = 0, 4 * default, 1

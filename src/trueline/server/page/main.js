@@ -1,7 +1,7 @@
 // The page: what is asked, three answers side by side, and the aligned one token by token.
 
 import { chat, get } from "./api.js";
-import { Strip, make } from "./strip.js";
+import { Strip, make, other } from "./strip.js";
 import { showRuns } from "./runs.js";
 
 const el = (id) => document.getElementById(id);
@@ -63,7 +63,7 @@ async function ask() {
   el("status").textContent = "Answering …";
   for (const id of ["plain", "prompt"]) el(id).textContent = "";
   const about = method();
-  strip.names = about.branches;
+  strip.name(about.branches);
   strip.clear(forced);
   const into = (id) => (choice) => { el(id).textContent += choice.delta.content ?? ""; };
   const system = settings.principle ?? settings.safety_prompt ?? about.prompt;
@@ -80,8 +80,8 @@ async function ask() {
   strip.finish();
   el("stop").disabled = true;
   const wrong = ended.map((e) => e.reason).find((e) => e && e.name !== "AbortError");
-  const moved = strip.tokens.filter((t) => t.flipped).length;
-  el("status").textContent = `${strip.tokens.length} tokens, ${moved} of them other than the first prompt alone would say`;
+  const counts = about.branches.map((name, i) => `${strip.tokens.filter((t) => other(t, i)).length} unlike ${name.toLowerCase()}`);
+  el("status").textContent = `${strip.tokens.length} tokens: ${counts.join(", ") || "one prompt alone"}`;
   if (wrong) showError(wrong);
 }
 

@@ -29,9 +29,20 @@ export function number(value) {
   return typeof value === "number" ? value : value === "inf" ? Infinity : Number(value);
 }
 
-export function level(token) {
-  const kl = number(token.branches[0]?.kl ?? 0);
+/** KL of what a token was drawn from, from one prompt alone; from the last where there are fewer. */
+export function distance(token, against = 0) {
+  return number((token.branches[against] ?? token.branches.at(-1))?.kl ?? 0);
+}
+
+export function level(token, against = 0) {
+  const kl = distance(token, against);
   return LEVELS.filter((limit) => kl >= limit).length;
+}
+
+/** Whether that prompt alone, decoding greedily, would have taken another token. */
+export function other(token, against = 0) {
+  const branch = token.branches[against] ?? token.branches.at(-1);
+  return branch !== undefined && branch.alternatives[0]?.token_id !== token.token_id;
 }
 
 const percent = (p) => `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`;
@@ -39,26 +50,45 @@ const nats = (kl) => (Number.isFinite(kl) ? kl.toFixed(2) : "infinite");
 const visible = (text) => text.replace(/\n/g, "⏎").replace(/^ | $/g, "␣") || "∅";
 
 /** The marks of a token in words, for those who do not see colours. */
-export function describe(token) {
-  const kl = nats(number(token.branches[0]?.kl ?? 0));
-  const other = token.flipped ? ", not what the first prompt alone would say" : "";
-  return `${visible(token.token)}: ${MOVED[level(token)]} (${kl} nats)${other}`;
+export function describe(token, against = 0) {
+  const flip = other(token, against) ? ", not what that prompt alone would say" : "";
+  return `${visible(token.token)}: ${MOVED[level(token, against)]} (${nats(distance(token, against))} nats)${flip}`;
 }
 
 export class Strip {
   /** names: what each branch is called; force(position, alternative): go on from another token. */
   constructor(root, { names = [], force = null } = {}) {
-    Object.assign(this, { root, names, force, tokens: [], chosen: null, forced: 0 });
+    Object.assign(this, { root, names, force, tokens: [], chosen: null, against: 0, prefix: "" });
     this.line = make("p", { class: "tokens", "aria-label": "Tokens of the aligned answer" });
     this.chart = make("div", { class: "chart" });
     this.detail = make("div", { class: "detail", "aria-live": "polite" });
-    root.replaceChildren(this.line, this.chart, legend(), this.detail);
+    this.select = make("select", { onchange: () => this.compare(Number(this.select.value)) });
+    this.against_field = make("label", { class: "against" }, "Marks: how far each token was moved away from the prompt ", this.select);
+    root.replaceChildren(this.against_field, this.line, legend(), this.chart, this.detail);
     this.line.addEventListener("keydown", (event) => this.onKey(event));
+  }
+
+  /** Name the prompts; the last one is compared with until somebody chooses. */
+  name(names) {
+    if (names.join() === this.names.join()) return;
+    this.names = names;
+    this.against = Math.max(0, names.length - 1);
+    this.select.replaceChildren(...names.map((text, i) => make("option", { value: i, text: text.toLowerCase(), selected: i === this.against })));
+    this.against_field.hidden = names.length < 2;
+  }
+
+  compare(against) {
+    const tokens = this.tokens;
+    this.against = against;
+    this.clear(this.prefix);
+    for (const token of tokens) this.add(token);
+    this.finish();
   }
 
   clear(prefix = "") {
     this.tokens = [];
     this.chosen = null;
+    this.prefix = prefix;
     this.line.replaceChildren();
     if (prefix) this.line.append(make("span", { class: "token forced", text: prefix }));
     this.detail.replaceChildren();
@@ -69,9 +99,10 @@ export class Strip {
     const index = this.tokens.push(token) - 1;
     if (token.text === "" && token.token.startsWith("<")) return;
     const choose = () => this.choose(index);
-    this.line.append(make("button", {
-      type: "button", class: `token heat-${level(token)}${token.flipped ? " other" : ""}`,
-      text: token.text || visible(token.token), title: describe(token), "aria-label": describe(token),
+    const about = describe(token, this.against);
+    this.line.append(make("span", {
+      role: "button", class: `token heat-${level(token, this.against)}${other(token, this.against) ? " other" : ""}`,
+      text: token.text || visible(token.token), title: about, "aria-label": about,
       "aria-pressed": "false", "data-index": index, tabindex: index ? "-1" : "0",
       onclick: choose, onmouseenter: choose, onfocus: choose,
     }));
@@ -84,7 +115,7 @@ export class Strip {
   onKey(event) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
-    const all = [...this.line.querySelectorAll("button")];
+    const all = [...this.line.querySelectorAll("[data-index]")];
     const next = all[all.indexOf(document.activeElement) + step];
     if (next) {
       next.focus();
@@ -95,7 +126,7 @@ export class Strip {
   choose(index) {
     if (this.chosen === index) return;
     this.chosen = index;
-    for (const button of this.line.querySelectorAll("button")) {
+    for (const button of this.line.querySelectorAll("[data-index]")) {
       const own = Number(button.dataset.index) === index;
       button.setAttribute("aria-pressed", own);
       button.tabIndex = own ? 0 : -1;
@@ -116,7 +147,7 @@ export class Strip {
     const tables = lists.map(([name, list, branch]) => make("div", {},
       make("h3", { text: branch ? `${name} · ${nats(number(branch.kl))} nats away` : name }),
       this.table(index, list, branch, combined, name)));
-    return [make("p", { class: "note", text: `Token ${index + 1}: ${describe(token)}.` }),
+    return [make("p", { class: "note", text: `Token ${index + 1}: ${describe(token, this.against)}.` }),
       make("div", { class: "tables" }, ...tables)];
   }
 
@@ -142,8 +173,8 @@ export class Strip {
 
   /** Bars of KL, one a token. */
   picture() {
-    const kls = this.tokens.map((t) => Math.min(number(t.branches[0]?.kl ?? 0), 20));
-    const width = Math.max(320, kls.length * 12 + 60), height = 110;
+    const kls = this.tokens.map((t) => Math.min(distance(t, this.against), 20));
+    const width = Math.max(320, kls.length * 12 + 60), height = 100;
     const top = Math.max(1, ...kls);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
       "aria-label": `How far each of ${kls.length} tokens was moved, in nats; at most ${top.toFixed(1)}` });
@@ -154,12 +185,10 @@ export class Strip {
       const size = (80 * kl) / top;
       const bar = draw("rect", { class: "bar", x: 44 + i * 12, y: 90 - size, width: 9,
         height: Math.max(size, 0.5), fill: "#d97706", "data-index": i });
-      bar.append(draw("title", {}, describe(this.tokens[i])));
+      bar.append(draw("title", {}, describe(this.tokens[i], this.against)));
       bar.addEventListener("click", () => this.choose(i));
       svg.append(bar);
     });
-    svg.append(draw("text", { x: 44, y: 106, "font-size": 12 },
-      "KL(drawn from ‖ first prompt alone), token by token"));
     return svg;
   }
 }
@@ -167,5 +196,5 @@ export class Strip {
 function legend() {
   const marks = MOVED.map((text, i) => make("span", { class: `token heat-${i}`, text }));
   return make("p", { class: "legend" }, ...marks,
-    make("span", { class: "token other", text: "bold: the first prompt alone says something else" }));
+    make("span", { class: "token other", text: "bold: that prompt alone would say something else" }));
 }
