@@ -1,4 +1,4 @@
-"""The page, in a real browser: streaming, sliders, alternatives, forcing, errors, axe, two widths."""
+"""The page, in a real browser: streams, sliders, alternatives, forcing, errors, axe, widths."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import shutil
 
 import pytest
 
+from trueline import LinearAlignment, Request, SamplingParams, generate, load_model
+from trueline.server.config import ServeConfig
+
 pytest.importorskip("playwright", reason="the page's tests need playwright; make browser")
 pytest.importorskip("openai", reason="the server's tests need the package openai")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
     pytest.skip("no Chromium on this machine: make browser", allow_module_level=True)
 
-from playwright.sync_api import expect, sync_playwright
-from test_server import serving
-
-from trueline import LinearAlignment, Request, SamplingParams, generate, load_model
-from trueline.server.config import ServeConfig
-
+sync_api = pytest.importorskip("playwright.sync_api")
+server = pytest.importorskip("test_server")
+expect, serving = sync_api.expect, server.serving
 ASKED = "#message=What+is+the+moon%3F&principle=Talk+like+a+pirate.&method=linear-alignment"
 WAIT = 20_000
 
@@ -32,8 +32,8 @@ def tiny():
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     points = [
-        {"label": label, "measures": {"over_refusal": {"value": a}, "harmful_refusal": {"value": b}}}
-        for label, a, b in [("plain", 0.1, 0.9), ("alpha 1", 0.2, 0.8), ("<b>x</b>", 0.0, 0.5)]
+        {"label": name, "measures": {"over_refusal": {"value": a}, "harmful_refusal": {"value": b}}}
+        for name, a, b in [("plain", 0.1, 0.9), ("alpha 1", 0.2, 0.8), ("<b>x</b>", 0.0, 0.5)]
     ]
     (folder / "refusal").mkdir()
     results = {"title": "Refusal", "points": points, "recommendation": {"label": "plain"}}
@@ -51,7 +51,7 @@ def address(tiny, runs):
 def browser():
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     flags += ["--disable-component-update", "--disable-sync", "--disable-quic"]
-    with sync_playwright() as playwright:
+    with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield browser
         browser.close()

@@ -6,7 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from trueline.cli.options import add_method_options, add_model_options, load, method_from
+from trueline.cli.options import (
+    add_method_options,
+    add_model_options,
+    load,
+    method_and_sampling,
+)
 from trueline.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -27,6 +32,17 @@ their own, `tiny:pirate`, for clients that cannot send further fields:
 API keys come from a file (--api-keys, one a line) or the environment (TRUELINE_API_KEYS). /metrics
 is for Prometheus, /docs describes the interface, /health says whether the engine runs.
 """
+LIMITS: tuple[tuple[str, type, str], ...] = (
+    ("temperature", float, "for requests that give none (1)"),
+    ("max_tokens", int, "new tokens of a request (1024)"),
+    ("max_prompt_tokens", int, "tokens of its longest prompt (16384)"),
+    ("max_branches", int, "branches times samples of a request (8)"),
+    ("max_body", int, "bytes of a body (1048576)"),
+    ("max_running", int, "requests decoded together (32)"),
+    ("max_waiting", int, "requests that wait; past it clients get 429 (256)"),
+    ("timeout", float, "seconds a request may take (600)"),
+)
+"""Settings of `ServeConfig` that are options of the same name."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -45,17 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="web origin that may call the server; repeatable (none)")  # fmt: skip
     add("--runs", metavar="DIR", help="folder of runs that the page draws")
     group = parser.add_argument_group("limits")
-    for flag, kind, text in (
-        ("--temperature", float, "for requests that give none (1)"),
-        ("--max-tokens", int, "new tokens of a request (1024)"),
-        ("--max-prompt-tokens", int, "tokens of its longest prompt (16384)"),
-        ("--max-branches", int, "branches times samples of a request (8)"),
-        ("--max-body", int, "bytes of a body (1048576)"),
-        ("--max-running", int, "requests decoded together (32)"),
-        ("--max-waiting", int, "requests that wait; past it clients get 429 (256)"),
-        ("--timeout", float, "seconds a request may take (600)"),
-    ):
+    for name, kind, text in LIMITS:
         letter = "X" if kind is float else "N"
+        flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, metavar=letter, default=argparse.SUPPRESS, help=text)
     add_model_options(parser)
     add_method_options(parser)
@@ -67,18 +75,16 @@ def run(args: argparse.Namespace) -> None:
 
     if not 0 <= args.port < 65536:
         raise ConfigError(f"`port` must be a whole number in [0, 65535], got {args.port}.")
-    limits = ("temperature", "max_tokens", "max_prompt_tokens", "max_branches", "max_body")
-    limits += ("max_running", "max_waiting", "timeout")
     asked = args.method is not None or hasattr(args, "method_principle")
     config = ServeConfig(
         name=args.name or Path(args.model).name or args.model,
-        method=method_from(args) if asked else None,
+        method=method_and_sampling(args)[0] if asked else None,
         presets=read_presets(args.presets) if args.presets else {},
         overrides=args.overrides,
         keys=read_keys(args.api_keys),
         cors_origins=tuple(args.cors_origin),
         runs=args.runs,
-        **{name: getattr(args, name) for name in limits if hasattr(args, name)},
+        **{name: getattr(args, name) for name, *_ in LIMITS if hasattr(args, name)},
     )
     from trueline.server.listen import listen
 

@@ -113,7 +113,7 @@ class EngineThread:
             while self._turn():
                 pass
             self._fail(ModelError("The server is shutting down."))
-        except BaseException as error:  # noqa: BLE001 - whatever it was, every client is told
+        except BaseException as error:  # whatever it was, every client is told
             self.error = error
             LOG.exception("the engine has ended")
             reason = str(error) if isinstance(error, TruelineError) else type(error).__name__

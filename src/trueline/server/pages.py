@@ -130,7 +130,7 @@ def _points(text: str) -> dict[str, Any]:
         {
             "label": str(point["label"]),
             "measures": {
-                str(name): {k: float(m[k]) for k in ("value", "low", "high") if m.get(k) is not None}
+                str(name): {"value": float(m["value"])}
                 for name, m in point["measures"].items()
                 if m.get("value") is not None
             },
@@ -158,7 +158,8 @@ def _curves(text: str) -> dict[str, Any]:
 def _scores(text: str) -> dict[str, Any]:
     content = json.loads(text)
     rows = [[float(v) for v in row] for row in content["R"]]
-    return {"kind": "scores", "title": "Scores after each task", "tasks": content["tasks"], "R": rows}
+    title = "Scores after each task"
+    return {"kind": "scores", "title": title, "tasks": content["tasks"], "R": rows}
 
 
 SHOWN = ("loss", "kl_to_teacher", "kl_to_reference", "reward", "adherence")
