@@ -7,13 +7,23 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: demo test check format install browser clean
+.PHONY: demo test bounds check format install browser clean
 
 demo: $(READY)  ## measure both methods on the bundled model; tables and a picture in demo/
 	$(BIN)/trueline demo --output demo
 
 test: $(READY)  ## the whole suite, a worker a core (at most 8); the end says what was skipped
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+BOUNDS := transformers==5.16.1,huggingface-hub<2 transformers==5.24.0
+HEART := tests/test_decoding.py tests/test_engine.py tests/test_hook.py tests/test_adapters.py tests/test_inverse_q_trainer.py
+
+bounds: $(READY)  ## the heart of the suite on the lowest and the highest transformers we run on
+	for pins in $(foreach b,$(BOUNDS),"$(b)"); do \
+	  place=.bounds/$${pins%%,*}; \
+	  test -d $$place || $(BIN)/pip install --quiet --no-deps --target $$place $$(echo "$$pins" | tr , ' ') || exit 1; \
+	  PYTHONPATH=$$place $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 -m "not slow" $(HEART) || exit 1; \
+	done
 
 check: $(READY)  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .
@@ -35,4 +45,4 @@ browser:  ## Chromium for the tests of the page, from Debian's packages; needs r
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -yqq chromium; }
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .bounds demo

@@ -88,7 +88,7 @@ class Batch:
 
     def _call(self, ids: Tensor, positions: Tensor) -> Tensor:
         names = self.model.forward_names
-        options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        options: dict[str, Any] = {self.model.cache_name: self.cache, "use_cache": True}
         if self.padded:
             options["attention_mask"] = self.mask
         if "position_ids" in names:

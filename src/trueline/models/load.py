@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +108,11 @@ class LanguageModel:
         """Names of the arguments that the model's forward takes."""
         base: Any = self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
         return frozenset(inspect.signature(base.forward).parameters)
+
+    @property
+    def cache_name(self) -> str:
+        """What the model's forward calls its cache."""
+        return cache_name(self.forward_names)
 
 
 def load_model(
@@ -256,3 +262,8 @@ def _odd_layers(model: Any, text_config: Any) -> str:
         return f"{', '.join(odd)} layers"
     recurrent = getattr(model, "_is_stateful", False) or "mamba" in text_config.model_type
     return "a recurrent state" if recurrent else ""
+
+
+def cache_name(forward_names: Collection[str]) -> str:
+    """Return what a forward with these arguments calls its cache, and so its outputs do."""
+    return "cache" if "cache" in forward_names else "past_key_values"

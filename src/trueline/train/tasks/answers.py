@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from trueline.errors import DataError
+from trueline.models.load import cache_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +35,9 @@ def answer_logprobs(
     logits = out.logits[:, -1:].repeat_interleave(m, 0)
     tokens, real = (x.to(model.device).repeat(n, 1) for x in padded(answers, pad))
     if width > 1:
-        cache = out.past_key_values
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        name = cache_name(inspect.signature(base.forward).parameters)
+        cache = getattr(out, name)
         cache.batch_repeat_interleave(m)
         long_mask = torch.cat([mask.repeat_interleave(m, 0), real[:, :-1]], 1)
         start = mask.sum(-1).repeat_interleave(m, 0)[:, None]
@@ -41,7 +45,7 @@ def answer_logprobs(
             input_ids=tokens[:, :-1],
             attention_mask=long_mask,
             position_ids=start + torch.arange(width - 1, device=model.device),
-            past_key_values=cache,
+            **{name: cache},
             use_cache=True,
         ).logits
         logits = torch.cat([logits, after], 1)
