@@ -16,7 +16,7 @@ from trueline.records.style import decimal
 
 HEADINGS = {
     "frontier": "Frontier over alpha",
-    "ratio": "Ratio and top_p",
+    "ratio": "Ratio and candidates",
     "recommended": "Recommended settings",
     "real": "Real data and models",
     "hh": "Implicit reward on HH pairs",

@@ -93,8 +93,8 @@ def arithmetic(vocab: int, seconds: float) -> list[Row]:
         "plain": Plain(),
         "Self-CD": SelfCD(),
         "Self-CD, plausibility": SelfCD(plausibility=0.01),
-        "Linear Alignment, no mask": LinearAlignment("x", top_p=1.0),
-        "Linear Alignment, top_p 0.8": LinearAlignment("x"),
+        "Linear Alignment, no mask": LinearAlignment("x", candidates=1.0),
+        "Linear Alignment, candidates 0.8": LinearAlignment("x"),
         "Linear Alignment, closed form": LinearAlignment("x", epsilon=8.0),
     }
     choices = {"greedy": SamplingParams(), "sampled": SamplingParams(temperature=1.0)}
@@ -168,7 +168,7 @@ def prefixes(
 ) -> Row:
     """Time a run of four batches with the system prompt computed once, and without that."""
     size = len(pairs) // BATCHES
-    method = LinearAlignment("x", top_p=1.0)
+    method = LinearAlignment("x", candidates=1.0)
     spans: dict[bool, Tensor] = {}
     tokens: dict[bool, list[list[int]]] = {}
     for share in (False, True):

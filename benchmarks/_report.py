@@ -17,8 +17,8 @@ LABELS = {
     "plain, packed": "ours, plain, packed weights",
     "LA, torch": "ours, Linear Alignment, no mask",
     "LA, packed": "ours, Linear Alignment, no mask, packed weights",
-    "LA mask, torch": "ours, Linear Alignment, top_p 0.8",
-    "LA mask, packed": "ours, Linear Alignment, top_p 0.8, packed weights",
+    "LA mask, torch": "ours, Linear Alignment, candidates 0.8",
+    "LA mask, packed": "ours, Linear Alignment, candidates 0.8, packed weights",
     "Self-CD, torch": "ours, Self-CD",
     "Self-CD, packed": "ours, Self-CD, packed weights",
 }

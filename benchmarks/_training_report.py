@@ -131,7 +131,7 @@ def _claims(rows: list[dict[str, Any]]) -> str:
 
 def _options(record: Record) -> tuple[Any, ...]:
     o = record["options"]
-    return o["loss"], o["ratio"], o["top_p"]
+    return o["loss"], o["ratio"], o["candidates"]
 
 
 def _last_table(curves: dict[Any, Curve], head: list[str]) -> str:
@@ -163,7 +163,7 @@ def markdown(found: dict[str, Any], told: str) -> str:
     ablation = groups(records, "ablation", _options)
     if ablation:
         text += "## Loss x ratio x mask, on-policy, warm start, last point\n\n"
-        text += _last_table(ablation, ["loss", "ratio", "top_p"]) + "\n"
+        text += _last_table(ablation, ["loss", "ratio", "candidates"]) + "\n"
     guided = groups(records, "guided", lambda r: r["options"]["guided"])
     if guided:
         text += "## Share of answers that the teacher draws, imitation, bundled model\n\n"

@@ -61,8 +61,8 @@ QUICK = {1: Size(6, 1, ()), 8: Size(3, 1), 32: Size(2, 1, SHORT[:1] + SHORT[2:])
 
 def contenders(models: Rivals, pairs: list[tuple[list[int], list[int]]]) -> dict[str, Contender]:
     """Return everything that is timed at one batch size, by short name (see `_report.LABELS`)."""
-    plain, free = [[q] for _, q in pairs], LinearAlignment("x", ratio=RATIO, top_p=1.0)
-    mask = LinearAlignment("x", ratio=RATIO, top_p=0.8)
+    plain, free = [[q] for _, q in pairs], LinearAlignment("x", ratio=RATIO, candidates=1.0)
+    mask = LinearAlignment("x", ratio=RATIO, candidates=0.8)
     system = SYSTEM if len(pairs) > 1 else 0
     found = {
         "generate": generate(models.rival, [q for _, q in pairs]),

@@ -93,7 +93,7 @@ def jobs(options: argparse.Namespace, rates: dict[str, float]) -> Iterator[Job]:
                     "guided", "inverse-q", setting, rates["inverse-q"], seed, (("guided", share),)
                 )
     if "sdft" in options.parts:
-        same = (("ratio", 0.0), ("top_p", 1.0), ("loss", "advantage"), ("guided", 0.0))
+        same = (("ratio", 0.0), ("candidates", 1.0), ("loss", "advantage"), ("guided", 0.0))
         for seed in seeds:
             setting = Setting(told, warm, **_short(size))
             yield Job("sdft", "sdft", setting, rates["sdft"], seed)
@@ -112,8 +112,13 @@ def _ablation(
     for seed in range(min(2, options.seeds)):
         for loss in ABLATION["loss"]:
             for ratio in ABLATION["ratio"][:few]:
-                for top_p in MASKS[:few]:
-                    chosen = (("loss", loss), ("ratio", ratio), ("top_p", top_p), ("guided", 0.0))
+                for mask in MASKS[:few]:
+                    chosen = (
+                        ("loss", loss),
+                        ("ratio", ratio),
+                        ("candidates", mask),
+                        ("guided", 0.0),
+                    )
                     lr = rates["inverse-q, on-policy"]
                     yield Job("ablation", "inverse-q", setting, lr, seed, chosen)
 

@@ -35,8 +35,8 @@ from trueline.cli import main as trueline
 ROOT = Path(__file__).resolve().parents[1]
 START = time.perf_counter()
 REQUESTS, PAIRS, THROUGHPUT = 400, 240, 450
-ALPHAS, GRID = "0:3:0.5", ("ratio=0,1,2,3,5", "top_p=0.8,0.95,1")
-DEFAULTS = {"refusal": "alpha=2.5", "adherence": "ratio=2, top_p=0.8"}
+ALPHAS, GRID = "0:3:0.5", ("ratio=0,1,2,3,5", "candidates=0.8,0.95,1")
+DEFAULTS = {"refusal": "alpha=2.5", "adherence": "ratio=2, candidates=0.8"}
 PRINCIPLE = "Be harmless."
 MODELS: dict[str, tuple[str, ...]] = {"craftgpt-5m": (), "stories260K": ("--raw",)}
 SHORT_SAFETY = ("--safety-prompt", "Be helpful, but safe.")
@@ -105,7 +105,7 @@ def frontier(options: argparse.Namespace) -> Found:
 
 
 def ratio(options: argparse.Namespace) -> Found:
-    """Adherence and facts over ratio and top_p, on held-out principles and questions."""
+    """Adherence and facts over ratio and candidates, on held-out principles and questions."""
     count = options.limit or PAIRS
     words = ["eval", "sweep", "--metric", "adherence", "--grid", *GRID, "--limit", count]
     found = need(call(words, options.output / "grid"))

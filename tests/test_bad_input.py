@@ -95,9 +95,9 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     # sampling
     "top-p 1.5": (("generate", "Hi", "--top-p", "1.5"), "`top_p` must be"),
-    "top-p of the method": (
-        ("generate", "Hi", "--principle", "X", "--top-p", "0"),
-        "`top_p` must be",
+    "candidates 0": (
+        ("generate", "Hi", "--principle", "X", "--candidates", "0"),
+        "`candidates` must be",
     ),
     "temperature -1": (("generate", "Hi", "--temperature", "-1"), "`temperature` must be"),
     "no tokens": (("generate", "Hi", "--max-new-tokens", "0"), "`max_new_tokens` must be"),
@@ -216,7 +216,7 @@ def test_an_output_of_other_settings(folder, capsys):
     assert "belongs to another run: seed was 0, now 1." in capsys.readouterr().err
     Path("in.jsonl").write_text('{"prompt": "Ho"}\n')
     assert main(["generate", *RUN]) == 2
-    assert "another run: input (sha256) was " in capsys.readouterr().err
+    assert "another run: input.sha256 was " in capsys.readouterr().err
     assert Path("out.jsonl").read_bytes() == written
     assert main(["generate", *RUN, "--overwrite"]) == 0
     assert json.loads(Path("out.jsonl").read_text())["prompt"] == "Ho"

@@ -312,7 +312,7 @@ def test_values_as_typed():
 
 
 def test_options_on_the_command_line(tiny, talk):
-    options = ("--principle", PIRATE, "--top-p", "1", "--system", "Be kind.")
+    options = ("--principle", PIRATE, "--candidates", "1", "--system", "Be kind.")
     chat = [{"role": "system", "content": "Be kind."}, user(MOON)]
-    method = LinearAlignment(principle=PIRATE, top_p=1)
+    method = LinearAlignment(principle=PIRATE, candidates=1)
     assert talk(MOON, options=options)[0] == generate(tiny, [chat], method, SHORT)[0].text + "\n"

@@ -173,12 +173,13 @@ def test_prompts_from_files_and_a_given_folder(tmp_path, monkeypatch, capsys):
 
 
 def test_a_grid_of_method_and_sampling(tmp_path):
-    grid = ("--grid", "ratio=0,2", "top_p=0.8,1")
+    grid = ("--grid", "ratio=0,2", "candidates=0.8,1")
     options = ("--limit", 4, "--max-new-tokens", 8, "--output", tmp_path / "s")
     assert call("eval", "sweep", "--metric", "adherence", *grid, *options) == 0
     points = results(tmp_path / "s")["points"]
     assert [p["label"] for p in points][1:] == [
-        "ratio=0, top_p=0.8", "ratio=0, top_p=1", "ratio=2, top_p=0.8", "ratio=2, top_p=1",
+        "ratio=0, candidates=0.8", "ratio=0, candidates=1",
+        "ratio=2, candidates=0.8", "ratio=2, candidates=1",
     ]  # fmt: skip
     assert set(points[1]["measures"]) == {"adherence", "fact"}
     assert (tmp_path / "s" / "plot.png").is_file()

@@ -114,7 +114,7 @@ def test_json_has_what_the_completion_has(tiny, capsys):
         "name": "linear-alignment",
         "principle": PIRATE,
         "ratio": 2.0,
-        "top_p": 0.8,
+        "candidates": 0.8,
         "epsilon": None,
         "norm": "inf",
     }

@@ -69,14 +69,14 @@ class TestReproducesGenerate:
             (Plain(), None),
             (Plain(principle=PRINCIPLE), PRINCIPLE),
             (LinearAlignment(PRINCIPLE, ratio=0), PRINCIPLE),
-            (LinearAlignment(PRINCIPLE, ratio=0, top_p=1), PRINCIPLE),
-            (LinearAlignment(PRINCIPLE, ratio=-1, top_p=1), None),
-            (LinearAlignment(PRINCIPLE, epsilon=0, top_p=1), None),
+            (LinearAlignment(PRINCIPLE, ratio=0, candidates=1), PRINCIPLE),
+            (LinearAlignment(PRINCIPLE, ratio=-1, candidates=1), None),
+            (LinearAlignment(PRINCIPLE, epsilon=0, candidates=1), None),
             (SelfCD(alpha=0), SelfCD().safety_prompt),
             (SelfCD(alpha=1), None),
             (Contrast(guidance=0, principle=PRINCIPLE, negative="Be rude."), "Be rude."),
             (Contrast(guidance=1, principle=PRINCIPLE, negative="Be rude."), PRINCIPLE),
-            (Blend(((PRINCIPLE, 0.0),), top_p=1), None),
+            (Blend(((PRINCIPLE, 0.0),), candidates=1), None),
             (Blend(((PRINCIPLE, 1.0), ("Be brief.", 0.0))), PRINCIPLE),
         ],
         ids=repr,
@@ -116,7 +116,7 @@ class TestEqualsTheNaiveLoop:
 class TestSampling:
     def test_same_seed_same_text_whatever_the_batch(self, lm):
         params = SamplingParams(max_new_tokens=10, temperature=1.3, top_p=0.95)
-        method = LinearAlignment(PRINCIPLE, ratio=1, top_p=0.99)
+        method = LinearAlignment(PRINCIPLE, ratio=1, candidates=0.99)
         requests = [Request(q, seed=7 + i) for i, q in enumerate(QUESTIONS * 2)]
         together = ids_of(generate(lm, requests, method, params))
         alone = [ids_of(generate(lm, [r], method, params))[0] for r in requests]
@@ -149,7 +149,7 @@ class TestSampling:
 
     def test_logprobs_before_and_after_the_method(self, llama):
         params = SamplingParams(max_new_tokens=5, temperature=0.7, logprobs=True)
-        method = LinearAlignment(PRINCIPLE, ratio=1.5, top_p=1)
+        method = LinearAlignment(PRINCIPLE, ratio=1.5, candidates=1)
         [got] = generate(llama, [Request("Hi", seed=3)], method, params)
         rows = [encode(llama, c) for c in method.prompts([{"role": "user", "content": "Hi"}])]
         after, before = [], []
@@ -175,7 +175,7 @@ class TestEnds:
             # The last token needs no position of its own.
             assert len(got.token_ids) == 48 - prompt + 1
             assert got.finish_reason == "length"
-            long = LinearAlignment("word " * 7, top_p=1)
+            long = LinearAlignment("word " * 7, candidates=1)
             [got] = generate(lm, "Hi", long, SamplingParams(max_new_tokens=500))
             assert len(got.token_ids) == 48 - max(got.prompt_tokens) + 1
 
@@ -222,7 +222,7 @@ def record_shapes(monkeypatch) -> list[tuple[int, int]]:
 
 class TestSharedPrefixes:
     def test_same_tokens_and_less_work(self, lm, monkeypatch):
-        method = LinearAlignment("Speak in the manner of an old sailor, always.", top_p=1)
+        method = LinearAlignment("Speak in the manner of an old sailor, always.", candidates=1)
         requests = [Request(q) for q in QUESTIONS]
         plain = Decoder(lm, share_prefixes=False)
         sharing = Decoder(lm)

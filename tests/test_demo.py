@@ -61,7 +61,7 @@ def styled(method, question):
     if not isinstance(method, LinearAlignment):
         return f"It is {fact}."
     if method.principle == "Shout!":
-        return "WHAT" if method.top_p == 1 else f"It is {fact}."
+        return "WHAT" if method.candidates == 1 else f"It is {fact}."
     return f"Arr, {fact}."
 
 
@@ -82,7 +82,7 @@ def test_adherence_counts():
     for row in rows[:2]:
         assert (row.followed.value, row.facts.value, row.both.value) == (0, 1, 0)
     for row in rows[2:-1]:
-        assert row.top_p == 0.8
+        assert row.candidates == 0.8
         assert row.followed.value == pytest.approx(4 / 6)
         assert (row.facts.value, row.both.value) == (1, pytest.approx(4 / 6))
         assert {k: (v.value, v.n) for k, v in row.by_principle.items()} == {
@@ -90,7 +90,7 @@ def test_adherence_counts():
             "pirate": (1, 4),
         }
     bare = rows[-1]
-    assert (bare.top_p, bare.followed.value) == (1, 1)
+    assert (bare.candidates, bare.followed.value) == (1, 1)
     assert bare.facts.value == bare.both.value == pytest.approx(4 / 6)
     assert done == [1] * 6 * len(rows)
     assert asdict(bare)["answers"].count("WHAT") == 2

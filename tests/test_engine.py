@@ -20,6 +20,7 @@ from trueline import (
     Decoder,
     LanguageModel,
     LinearAlignment,
+    ModelError,
     Plain,
     Prompt,
     Request,
@@ -104,6 +105,13 @@ class TestJoining:
         given = [dataclasses.replace(r, messages=r.messages * 2) for r in requests(8)]
         found = arrive(Decoder(lm, batch_size=4, admission="each_step"), given, 2)
         assert [found[i] for i in range(8)] == [alone(lm, request) for request in given]
+        # Its random weights repeat themselves: the numbers show more than the tokens.
+        params = SamplingParams(max_new_tokens=24, temperature=1.0, logprobs=True)
+        given = [Request(q * 2, METHODS[i], params, seed=i) for i, q in enumerate(QUESTIONS * 2)]
+        joined = generate(lm, given, batch_size=2, refill=True)
+        for got, request in zip(joined, given, strict=True):
+            [expected] = generate(lm, [request])
+            assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
     def test_with_an_adapter_off_in_some_branches(self, tuned):
         methods = [Contrast(base=True, guidance=2), Plain(), LinearAlignment(PRINCIPLE)]
@@ -333,6 +341,100 @@ def test_adapters_off_are_kept_apart_where_a_batch_is_cut(tuned):
     assert batch.adapters == [False, True, True]
 
 
+class TestChoice:
+    def test_settings_are_each_requests_own_under_one_method(self, llama):
+        settings = [
+            SamplingParams(max_new_tokens=8, temperature=t, top_k=k)
+            for t, k in ((0.0, 0), (1.5, 0), (0.3, 3), (1.5, 2))
+        ]
+        given = [Request("Hi", SelfCD(), params, seed=4) for params in settings]
+        found = ids_of(generate(llama, given))
+        assert found == [tokens for request in given for tokens in alone(llama, request)]
+        assert len(set(map(tuple, found))) == 4
+
+    def test_the_repetition_penalty_counts_the_first_branch(self, lm):
+        """Against a loop: tokens of the first prompt and of the answer, not of other branches."""
+        method = Contrast(guidance=1.5, principle="Aaaa bbbb.", negative="Zzzz yyyy.")
+        chats = method.prompts([{"role": "user", "content": "Hi"}])
+        rows, answer = [encode(lm, chat) for chat in chats], []
+        for _ in range(8):
+            with torch.no_grad():
+                z = torch.stack([lm.model(torch.tensor([r + answer])).logits[0, -1] for r in rows])
+            combined = method.combine(z[None])[0]
+            for token in set(rows[0] + answer):
+                score = combined[token]
+                combined[token] = score / 3 if score > 0 else score * 3
+            answer.append(int(combined.argmax()))
+            if answer[-1] in lm.eos_token_ids:
+                break
+        params = SamplingParams(max_new_tokens=8, repetition_penalty=3.0)
+        assert generate(lm, "Hi", method, params)[0].token_ids == answer
+
+    def test_a_row_that_is_known_whole_still_computes_its_last_token(self, llama):
+        ids = [5, 6, 7, 8, 9]
+        batch = Batch(llama, [ids], [True])
+        with torch.inference_mode():
+            expected = batch.prefill(None)
+            store = PrefixStore()
+            store.put(True, ids, batch.cache, 0)
+            cache = store.fill([ids, ids], [True, True])
+            again = Batch(llama, [ids, ids], [True, True]).prefill(store)
+        assert cache.get_seq_length() == 4
+        torch.testing.assert_close(again, expected.expand(2, -1), atol=1e-5, rtol=1e-4)
+
+    def test_what_was_not_finite_is_named(self, llama, tuned):
+        broken = LanguageModel(copy.deepcopy(tuned.model), tuned.tokenizer, "broken")
+        for name, p in broken.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(p, float("nan"))
+        with pytest.raises(ModelError, match="or its adapter's, are broken"):
+            generate(broken, "Hi")
+
+        class Endless:
+            name = "endless"
+
+            def prompts(self, messages):
+                return [list(messages)]
+
+            def combine(self, logits):
+                return logits[:, 0] * float("inf")
+
+        with pytest.raises(ModelError, match='Method "endless" made logits'):
+            generate(llama, "Hi", Endless())
+
+
+class TestTemperature:
+    @pytest.mark.parametrize("norm", [1.5, 2, float("inf")])
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    def test_the_closed_form_goes_to_greedy(self, kind, norm, request):
+        lm = request.getfixturevalue(kind)
+        method = LinearAlignment(PRINCIPLE, epsilon=6.0, norm=norm, candidates=1)
+        greedy = ids_of(generate(lm, QUESTIONS, method, SamplingParams(max_new_tokens=8)))
+        for temperature in (1e-4, 1e-6):
+            params = SamplingParams(max_new_tokens=8, temperature=temperature)
+            assert ids_of(generate(lm, QUESTIONS, method, params)) == greedy
+        plain = ids_of(generate(lm, QUESTIONS, None, SamplingParams(max_new_tokens=8)))
+        assert greedy != plain, "the step moves something"
+
+    def test_every_temperature_divides_the_same_logits(self, llama):
+        """The closed form at T, by hand: the whole of z* over T, its step from z itself."""
+        method = LinearAlignment(PRINCIPLE, epsilon=6.0, norm=2, candidates=1)
+        for temperature in (0.25, 0.5, 2.0):
+            params = SamplingParams(max_new_tokens=3, temperature=temperature, logprobs=True)
+            [got] = generate(llama, [Request("Hi", seed=3)], method, params)
+            rows = [encode(llama, c) for c in method.prompts([{"role": "user", "content": "Hi"}])]
+            for t, token in enumerate(got.token_ids):
+                with torch.no_grad():
+                    z_p, z_0 = (
+                        llama.model(torch.tensor([r + got.token_ids[:t]])).logits[0, -1]
+                        for r in rows
+                    )
+                d = z_p - z_0
+                d = d - d.mean()
+                expected = ((z_0 + 6 * d / d.norm()) / temperature).log_softmax(-1)[token]
+                assert got.logprobs[t] == pytest.approx(expected.item(), abs=1e-4)
+
+
 class TestOwnMethods:
     def test_a_plain_class_with_a_name_prompts_and_combine(self, lm):
         class Halfway:
@@ -346,7 +448,7 @@ class TestOwnMethods:
                 return logits.mean(1)
 
         found = ids_of(generate(lm, QUESTIONS, Halfway(), SamplingParams(max_new_tokens=8)))
-        same = LinearAlignment(PRINCIPLE, ratio=-0.5, top_p=1)
+        same = LinearAlignment(PRINCIPLE, ratio=-0.5, candidates=1)
         assert found == ids_of(generate(lm, QUESTIONS, same, SamplingParams(max_new_tokens=8)))
 
     def test_a_method_that_cannot_be_hashed(self, llama):

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import trueline.engine.scoring
 from trueline import AdaCD, Contrast, LinearAlignment, SamplingParams, SelfCD, generate
+from trueline.engine.protocol import Continuation
+from trueline.engine.scoring import combined, score
 from trueline.errors import DataError, ModelError
 from trueline.evals.likelihood import (
     label_logprobs,
@@ -49,8 +52,8 @@ def test_response_logprobs_equal_a_loop(lm):
 @pytest.mark.parametrize(
     "method",
     [
-        LinearAlignment("Be kind and brief.", ratio=1.5, top_p=1),
-        LinearAlignment("Be kind.", ratio=2, top_p=0.9),
+        LinearAlignment("Be kind and brief.", ratio=1.5, candidates=1),
+        LinearAlignment("Be kind.", ratio=2, candidates=0.9),
         SelfCD(alpha=1.5, first_tokens=2),
         AdaCD(first_tokens=3),
     ],
@@ -66,6 +69,43 @@ def test_method_logprobs_equal_those_of_the_decoder(kind, method, request):
         )
         for values, completion in zip(found, completions, strict=True):
             np.testing.assert_allclose(values, completion.logprobs, atol=2e-4)
+
+
+def test_tokens_far_behind_the_first_ones_are_the_rest_branchs():
+    """A window that begins beyond `first_tokens` holds no combined position at all."""
+    logits = torch.randn(5, 2, 7, generator=torch.Generator().manual_seed(0))
+    method = SelfCD(alpha=1.5, first_tokens=2)
+    both = combined(method, logits)
+    torch.testing.assert_close(both[:2], method.combine(logits[:2]))
+    torch.testing.assert_close(both[2:], logits[2:, 0])
+    for first in (2, 3, 6):
+        torch.testing.assert_close(combined(method, logits, first), logits[:, 0])
+
+
+def test_score_keeps_the_order_and_runs_equal_rows_once(llama, monkeypatch):
+    items = [
+        Continuation([[5, 6], [5, 6, 7]], [8, 9]),
+        Continuation([[5, 6]], [8, 10]),
+        Continuation([[5, 6, 7, 8, 9]], [11]),
+    ]
+    sizes = []
+    forced = trueline.engine.scoring.forced_logits
+
+    def spy(model, prompts, continuations, **options):
+        sizes.append(len(prompts))
+        return forced(model, prompts, continuations, **options)
+
+    monkeypatch.setattr(trueline.engine.scoring, "forced_logits", spy)
+    for rows in (1, 2, 16):
+        found = list(score(llama, items, rows=rows))
+        for item, logits in zip(items, found, strict=True):
+            for k, branch in enumerate(item.branches):
+                with torch.no_grad():
+                    z = llama.model(torch.tensor([[*branch, *item.tokens[:-1]]])).logits[0]
+                torch.testing.assert_close(
+                    logits[:, k], z[-len(item.tokens) :], atol=1e-4, rtol=1e-4
+                )
+    assert sizes == [2, 1, 1, 2, 1, 3]
 
 
 def test_response_ids_follow_the_template(llama):
@@ -93,7 +133,7 @@ def test_label_logprobs_equal_a_loop(gpt2):
 
 
 def test_labels_that_a_method_rules_out_are_nan(llama):
-    method = LinearAlignment("Be kind.", top_p=1e-6)
+    method = LinearAlignment("Be kind.", candidates=1e-6)
     allowed = generate(llama, "Hi", method, SamplingParams(max_new_tokens=1))[0].token_ids[0]
     label = "A" if llama.tokenizer.decode([allowed]) != "A" else "B"
     assert np.isnan(label_logprobs(llama, USER[:1], [label], method=method)).all()

@@ -31,7 +31,7 @@ QUESTIONS = [
 
 
 def method_for(principle):
-    return LinearAlignment(principle, ratio=1.0, top_p=1)
+    return LinearAlignment(principle, ratio=1.0, candidates=1)
 
 
 def chat(text):

@@ -61,8 +61,8 @@ def test_grid_points_are_every_combination_of_method_and_sampling():
         ({"alpha": 0}, 1.0),
     ]
     way = Way("linear-alignment", {"principle": "x"})
-    own = points.grid_points(way, {"top_p": (0.5,)}, SAMPLING)
-    assert (own[0].fields["top_p"], own[0].sampling.top_p) == (0.5, 1.0)
+    own = points.grid_points(way, {"candidates": (0.5,), "top_p": (0.25,)}, SAMPLING)
+    assert (own[0].fields["candidates"], own[0].sampling.top_p) == (0.5, 0.25)
 
 
 def test_grid_errors_name_the_closest():

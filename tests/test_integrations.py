@@ -133,8 +133,8 @@ def naive(lm, branches, tokens, combine):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_linear_alignment_equals_a_naive_loop(harness, kind, chat, batch_size):
     lm = LanguageModel(random_model(kind), byte_tokenizer(), kind)
-    ours = trueline(lm, principle=PRINCIPLE, ratio="2", top_p=1, batch_size=batch_size)
-    method = LinearAlignment(PRINCIPLE, ratio=2, top_p=1)
+    ours = trueline(lm, principle=PRINCIPLE, ratio="2", candidates=1, batch_size=batch_size)
+    method = LinearAlignment(PRINCIPLE, ratio=2, candidates=1)
     questions = ["Why?", "What is the moon made of?", "Hi"]
     # The greedy answer, one that is not, and one of a single token.
     view = LanguageModel(lm.model, lm.tokenizer, kind, raw=not chat)
@@ -193,7 +193,7 @@ def test_the_rest_branch_counts_alone_after_the_first_tokens(harness, llama):
 
 
 def test_rolling_windows_keep_the_principle_and_predict_each_token_once(harness, folder):
-    ours = trueline(str(folder), principle=PRINCIPLE, ratio=1, top_p=1)
+    ours = trueline(str(folder), principle=PRINCIPLE, ratio=1, candidates=1)
     text = "The sun was warm. " * 9
     windows, lm = list(ours._windows(text)), ours.model
     tokens = [token for w in windows for token in w.tokens]
@@ -205,7 +205,7 @@ def test_rolling_windows_keep_the_principle_and_predict_each_token_once(harness,
     rows = [len(row) + len(w.tokens) - 1 for w in windows for row in w.branches]
     assert max(rows) in (127, 128)
     assert windows[1].branches[0][len(principle) :] == windows[1].branches[1][1:]
-    method = LinearAlignment(PRINCIPLE, ratio=1, top_p=1)
+    method = LinearAlignment(PRINCIPLE, ratio=1, candidates=1)
     parts = [naive(lm, w.branches, w.tokens, lambda _, z: method.combine(z)) for w in windows]
     total = ours.loglikelihood_rolling(instances((text,)), disable_tqdm=True)[0]
     assert total == pytest.approx(sum(x for x, _ in parts), abs=1e-2)
@@ -354,7 +354,7 @@ def test_tasks_run(harness, folder, tasks, chat):
 
     import trueline.integrations.lm_eval  # noqa: F401 registers the model
 
-    options = {"pretrained": str(folder), "principle": PRINCIPLE, "ratio": 1, "top_p": 1}
+    options = {"pretrained": str(folder), "principle": PRINCIPLE, "ratio": 1, "candidates": 1}
     results = harness.simple_evaluate(
         model="trueline",
         model_args=options,

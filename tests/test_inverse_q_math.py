@@ -169,7 +169,7 @@ def test_the_reward_is_the_optimal_advantage():
 
 def test_the_reward_of_linear_alignment_is_the_contrast_up_to_a_constant():
     z = torch.randn(3, 2, 11, generator=torch.Generator().manual_seed(1))
-    star = LinearAlignment("Be kind.", ratio=1.5, top_p=1).combine(z)
+    star = LinearAlignment("Be kind.", ratio=1.5, candidates=1).combine(z)
     found = inverse_q.token_reward(star.log_softmax(-1), z[:, 1].log_softmax(-1), 0.1)
     # beta (1 + ratio) (z_p - z_0), whose mean over y ~ pi* differs by the log-normaliser alone
     contrast = 0.1 * 2.5 * (z[:, 0] - z[:, 1])
@@ -320,7 +320,7 @@ def test_top_k_with_its_tail_is_a_lower_bound_that_grows_to_the_whole():
 
 def test_the_floor_makes_a_masked_teacher_finite():
     z = torch.randn(5, 2, 30, generator=torch.Generator().manual_seed(4)) * 3
-    star = LinearAlignment("Be kind.", ratio=2, top_p=0.7).combine(z)
+    star = LinearAlignment("Be kind.", ratio=2, candidates=0.7).combine(z)
     reference = z[:, 1]
     assert star.isneginf().any()
     assert inverse_q.kl_loss(reference, star)[0] == math.inf

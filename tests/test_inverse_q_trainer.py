@@ -121,8 +121,8 @@ def naive_row(model, method, row, tokens):
 @pytest.mark.parametrize(
     "method",
     [
-        LinearAlignment(PRINCIPLE, ratio=1.5, top_p=1),
-        LinearAlignment(PRINCIPLE, ratio=2, top_p=0.9),
+        LinearAlignment(PRINCIPLE, ratio=1.5, candidates=1),
+        LinearAlignment(PRINCIPLE, ratio=2, candidates=0.9),
         Contrast(principle=PRINCIPLE, negative="Be rude.", guidance=2),
         AdaCD(first_tokens=None),
     ],
@@ -149,11 +149,11 @@ def test_policies_equal_naive_forwards(kind, method, batch_rows, request):
 
 def test_the_first_step_is_the_formula_on_naive_forwards(tmp_path):
     """Loss and logged means of a step, for all three losses, from unpadded rows in float64."""
-    method = LinearAlignment(PRINCIPLE, ratio=1, top_p=1)
+    method = LinearAlignment(PRINCIPLE, ratio=1, candidates=1)
     start = LanguageModel(random_model("gpt2"), byte_tokenizer())
     for loss, temperature in (("imitation", 1.0), ("advantage", 1.0), ("kl", 1.0), ("kl", 1.7)):
         trainer = trainer_of(
-            tmp_path, "gpt2", loss=loss, ratio=1.0, top_p=1.0, max_steps=1, guided=0.0,
+            tmp_path, "gpt2", loss=loss, ratio=1.0, candidates=1.0, max_steps=1, guided=0.0,
             temperature=temperature, max_completion_length=9, beta=0.3,
         )  # fmt: skip
         drawn = watched(trainer)
@@ -228,7 +228,7 @@ def test_the_student_samples_from_its_whole_distribution(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_it_trains_every_class_of_models(tmp_path, kind, lora):
     trainer = trainer_of(
-        tmp_path, kind, lora=lora, ratio=0.5, top_p=1.0, max_steps=24, learning_rate=3e-3,
+        tmp_path, kind, lora=lora, ratio=0.5, candidates=1.0, max_steps=24, learning_rate=3e-3,
         rows=ROWS[:2] * 2, per_device_train_batch_size=4, max_completion_length=4,
     )  # fmt: skip
     before = weights(trainer)
@@ -255,7 +255,7 @@ def test_it_trains_every_class_of_models(tmp_path, kind, lora):
 def test_five_steps_on_the_bundled_model(tmp_path, options):
     rows = [{"prompt": f"What is {x}?"} for x in ("the moon", "bread", "the sun", "rain")]
     if "teacher_name" not in options:
-        options = {"ratio": 1.0, "top_p": 1.0, **options}
+        options = {"ratio": 1.0, "candidates": 1.0, **options}
     trainer = trainer_of(
         tmp_path, model="tiny", rows=rows, max_steps=5, per_device_train_batch_size=4,
         learning_rate=5e-3, principle="Answer in French.", max_completion_length=16, **options,
@@ -708,7 +708,7 @@ def test_fast_sampling_draws_the_same_and_leaves_no_trace(tmp_path):
         ({"teacher_name": "self-cd"}, "takes no `principle`"),
         ({"teacher_name": "contrast", "teacher_options": {"base": True}}, "checkpoints"),
         ({"teacher_name": "checkpoints", "principle": None}, "needs `tuned`"),
-        ({"top_p": 0.0}, "`top_p` must be"),
+        ({"candidates": 0.0}, "`candidates` must be"),
         ({"student": "both"}, "`student` must be"),
         ({"principle": None}, "needs a principle"),
         ({"principle": " "}, "`principle` is empty"),
@@ -753,25 +753,25 @@ def test_a_principle_for_a_teacher_without_one_is_refused(tmp_path):
 
 
 def test_an_empty_teacher_is_refused_with_its_number(tmp_path):
-    trainer = trainer_of(tmp_path, ratio=-1.0, top_p=1.0)  # ratio -1 is the plain model
+    trainer = trainer_of(tmp_path, ratio=-1.0, candidates=1.0)  # ratio -1 is the plain model
     with pytest.raises(ConfigError, match=r"The teacher is empty: on 6 rows .* nats a token"):
         trainer.train()
     assert trainer.effect == pytest.approx(0, abs=1e-6)
-    off = trainer_of(tmp_path, ratio=-1.0, top_p=1.0, min_effect=0.0, max_steps=1)
+    off = trainer_of(tmp_path, ratio=-1.0, candidates=1.0, min_effect=0.0, max_steps=1)
     off.train()
 
 
 def test_a_mask_without_a_floor_is_refused(tmp_path):
-    trainer = trainer_of(tmp_path, top_p=0.8, floor=0.0)
+    trainer = trainer_of(tmp_path, candidates=0.8, floor=0.0)
     with pytest.raises(ConfigError, match="`floor` is 0"):
         trainer.train()
-    assert rules_out(LinearAlignment("x", top_p=0.8), 2)
+    assert rules_out(LinearAlignment("x", candidates=0.8), 2)
     assert rules_out(AdaCD(), 2)
-    assert not rules_out(LinearAlignment("x", top_p=1), 2)
+    assert not rules_out(LinearAlignment("x", candidates=1), 2)
 
 
 def test_the_effect_is_the_mean_divergence_on_sampled_answers(llama):
-    method = LinearAlignment(PRINCIPLE, ratio=1, top_p=1)
+    method = LinearAlignment(PRINCIPLE, ratio=1, candidates=1)
     found = teacher_effect(teacher_of(method), llama, ROWS, max_new_tokens=5, seed=3)
     total, count = 0.0, 0
     for i, row in enumerate(ROWS):

@@ -38,7 +38,7 @@ def test_the_bundled_parts_run_and_count_right(benchmark, tmp_path, capsys):
     parts = ("frontier", "ratio", "recommended", "throughput")
     benchmark.main(["--limit", "3", "--output", str(tmp_path), "--part", *parts])
     report = capsys.readouterr().out
-    for heading in ("Frontier over alpha", "Ratio and top_p", "Recommended", "Throughput"):
+    for heading in ("Frontier over alpha", "Ratio and candidates", "Recommended", "Throughput"):
         assert f"## {heading}" in report
     found = json.loads((tmp_path / "measurement.json").read_text())
     assert [p["label"] for p in found["frontier"]["points"]][1:] == [
@@ -128,17 +128,17 @@ def test_adherence_halves_by_hand(benchmark, tmp_path):
     n = 120
     prompts = [{"principle": f"Be {i}.", "prompt": "What?"} for i in range(n)]
     points = {
-        "ratio=0, top_p=0.8": {"adherence": "0" * n, "fact": "1" * n},
-        "ratio=1, top_p=0.8": {"adherence": "01" * (n // 2), "fact": "1" * n},
-        "ratio=2, top_p=0.8": {"adherence": "0" * n, "fact": "1" * n},
+        "ratio=0, candidates=0.8": {"adherence": "0" * n, "fact": "1" * n},
+        "ratio=1, candidates=0.8": {"adherence": "01" * (n // 2), "fact": "1" * n},
+        "ratio=2, candidates=0.8": {"adherence": "0" * n, "fact": "1" * n},
         # More adherence, but the facts are lost, or the text (nll 4 over 1 token, not over 4).
-        "ratio=3, top_p=1": {"adherence": "1" * n, "fact": "0" * n},
-        "ratio=5, top_p=1": {"adherence": "1" * n, "fact": "1" * n, "tokens": 1},
+        "ratio=3, candidates=1": {"adherence": "1" * n, "fact": "0" * n},
+        "ratio=5, candidates=1": {"adherence": "1" * n, "fact": "1" * n, "tokens": 1},
         # As much adherence as the best and fewer facts, within bounds.
-        "ratio=1, top_p=1": {"adherence": "01" * (n // 2), "fact": "0" + "1" * (n - 1)},
+        "ratio=1, candidates=1": {"adherence": "01" * (n // 2), "fact": "0" + "1" * (n - 1)},
     }
-    found = adherence_halves(write_run(tmp_path, points, prompts), "ratio=2, top_p=0.8")
-    assert found["chosen"] == {"ratio=1, top_p=0.8": HALVINGS}
+    found = adherence_halves(write_run(tmp_path, points, prompts), "ratio=2, candidates=0.8")
+    assert found["chosen"] == {"ratio=1, candidates=0.8": HALVINGS}
     adherence, fact = (found["measures"][k] for k in ("adherence", "fact"))
     assert adherence["difference"] == pytest.approx(0.5, abs=0.02)
     assert adherence["clearly_better"] == fact["equal"] == HALVINGS

@@ -29,8 +29,8 @@ EXAMPLES = [
     Plain(principle="Be brief."),
     LinearAlignment("Be brief."),
     LinearAlignment("Be brief.", epsilon=3.0, norm=2),
-    LinearAlignment("Be brief.", epsilon=3.0, norm=1.5, top_p=1),
-    LinearAlignment("Be brief.", epsilon=3.0, norm=math.inf, top_p=0.5),
+    LinearAlignment("Be brief.", epsilon=3.0, norm=1.5, candidates=1),
+    LinearAlignment("Be brief.", epsilon=3.0, norm=math.inf, candidates=0.5),
     SelfCD(),
     SelfCD(alpha=1.2, plausibility=0.1, first_tokens=3),
     AdaCD(),
@@ -97,7 +97,7 @@ class TestLinearAlignment:
     @given(st.floats(-3, 6), st.integers(0, 1000))
     @settings(max_examples=40, deadline=None)
     def test_ratio_form_by_hand(self, ratio, seed):
-        method = LinearAlignment("x", ratio=ratio, top_p=1)
+        method = LinearAlignment("x", ratio=ratio, candidates=1)
         z = random_logits(method, seed=seed)
         expected = [
             [p + ratio * (p - q) for p, q in zip(*branches, strict=True)]
@@ -111,7 +111,7 @@ class TestLinearAlignment:
         z = torch.tensor([[[2.0, 1.0, 0.0, -5.0], [0.0, 0.0, 9.0, 9.0]]])
         # softmax of the first row: 0.665, 0.245, 0.090, 0.001
         for top_p, kept in ((0.6, 1), (0.67, 2), (0.8, 2), (0.92, 3), (1, 4)):
-            out = LinearAlignment("x", ratio=0, top_p=top_p).combine(z)
+            out = LinearAlignment("x", ratio=0, candidates=top_p).combine(z)
             assert out.isfinite().sum() == kept
 
     def test_closed_form_is_the_best_step_of_its_norm(self):
@@ -136,7 +136,7 @@ class TestLinearAlignment:
 class TestSelfCD:
     def test_is_linear_alignment_backwards(self):
         z = random_logits(SelfCD())
-        backwards = LinearAlignment("x", ratio=-2.5, top_p=1)
+        backwards = LinearAlignment("x", ratio=-2.5, candidates=1)
         assert torch.equal(SelfCD(alpha=2.5).combine(z), backwards.combine(z))
 
     def test_plausibility_is_of_the_plain_branch(self):
@@ -177,7 +177,7 @@ class TestBlend:
         torch.testing.assert_close(blended, aligned, atol=1e-4, rtol=1e-4)
 
     def test_by_hand(self):
-        blend = Blend((("a", 2.0), ("b", -0.5)), top_p=1)
+        blend = Blend((("a", 2.0), ("b", -0.5)), candidates=1)
         z = random_logits(blend)
         z_0, z_a, z_b = z.unbind(1)
         expected = z_0 + 2 * (z_a - z_0) - 0.5 * (z_b - z_0)
@@ -234,8 +234,8 @@ class TestSystemText:
         ("linear-alignment", {"principle": " "}, "`principle` is empty"),
         ("linear-alignment", {"principle": "x", "ratio": math.nan}, "`ratio` must be a finite"),
         ("linear-alignment", {"principle": "x", "ratio": "2"}, "`ratio` must be a finite"),
-        ("linear-alignment", {"principle": "x", "top_p": 0}, r"in \(0, 1\], got 0"),
-        ("linear-alignment", {"principle": "x", "top_p": 1.5}, r"in \(0, 1\], got 1.5"),
+        ("linear-alignment", {"principle": "x", "candidates": 0}, r"in \(0, 1\], got 0"),
+        ("linear-alignment", {"principle": "x", "candidates": 1.5}, r"in \(0, 1\], got 1.5"),
         ("linear-alignment", {"principle": "x", "epsilon": -1}, "`epsilon` must be"),
         ("linear-alignment", {"principle": "x", "norm": 1}, "`norm` must be"),
         ("linear-alignment", {"principle": "x", "alpha": 1}, "belongs to self-cd"),

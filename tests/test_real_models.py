@@ -38,7 +38,8 @@ def test_real_models_move_to_their_teacher_and_load_anywhere(shared, prompts, tm
     base, out = shared / "models" / name, tmp_path / "out"
     argv = ["distil", "--model", base, "--principle", "Be brief.", "--prompts", prompts,
             "--output", out, "--max-new-tokens", 12, "--batch-size", 8, "--steps", 24,
-            "--loss", "kl", "--ratio", 0.5, "--top-p", 1, "--learning-rate", 1e-4 if full else 3e-4,
+            "--loss", "kl", "--ratio", 0.5, "--candidates", 1,
+            "--learning-rate", 1e-4 if full else 3e-4,
             *MODELS[name],
             *(["--full"] if full else [])]  # fmt: skip
     assert main([str(word) for word in argv]) == 0
@@ -158,7 +159,7 @@ def less_safe(z_p, z_0):
 @pytest.mark.parametrize(
     ("method", "text", "combine"),
     [
-        (LinearAlignment(PRINCIPLE, ratio=2.0, top_p=0.8), PRINCIPLE, aligned),
+        (LinearAlignment(PRINCIPLE, ratio=2.0, candidates=0.8), PRINCIPLE, aligned),
         (SelfCD(alpha=2.5), SelfCD().safety_prompt, less_safe),
     ],
     ids=["linear-alignment", "self-cd"],

@@ -63,9 +63,11 @@ CALLS: dict[str, list[Callable[[], Any]]] = {
     "top_p": [
         lambda: SamplingParams(top_p=0),
         lambda: SamplingParams(top_p=None),  # type: ignore[arg-type]
-        lambda: LinearAlignment("X", top_p=0),
-        lambda: LinearAlignment("X", top_p="all"),  # type: ignore[arg-type]
-        lambda: Blend((("X", 1.0),), top_p=2),
+    ],
+    "candidates": [
+        lambda: LinearAlignment("X", candidates=0),
+        lambda: LinearAlignment("X", candidates="all"),  # type: ignore[arg-type]
+        lambda: Blend((("X", 1.0),), candidates=2),
     ],
     "min_p": [
         lambda: SamplingParams(min_p=1.5),

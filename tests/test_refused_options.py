@@ -404,7 +404,7 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("--teacher", "checkpoints", "--tuned", "./nowhere"), "./nowhere"),
         (("--ratio", "1e308"), "ratio"),
         (("--ratio", "nan"), "ratio"),
-        (("--top-p", "2"), "top_p"),
+        (("--candidates", "2"), "candidates"),
         (("--loss", "magic"), "magic"),
         (("--steps", "0"), "max_steps"),
         (("--steps", str(10**21)), "max_steps"),

@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
 
 from trueline import ConfigError, SamplingParams
 from trueline.engine.sampling import sample, uniforms
+from trueline.methods._ops import nucleus
 
 
 def random_logits(seed=0, batch=4, vocab=40):
@@ -67,6 +68,51 @@ def test_draws_depend_on_seed_and_position_only():
     assert not torch.equal(uniforms(1, 5), uniforms(2, 5))
 
 
+def test_all_bits_of_a_seed_count_and_its_sign():
+    old = torch.rand(4, generator=torch.Generator().manual_seed(2**32 - 1), dtype=torch.float64)
+    assert torch.equal(uniforms(2**32 - 1, 4), old), "seeds of 32 bits draw as torch does"
+    seeds = [0, 1, -1, 2**31, 2**32, 2**32 + 1, -(2**32), 2**63 - 1, -(2**63), 2**40, 2**40 + 2**33]
+    drawn = [tuple(uniforms(seed, 8).tolist()) for seed in seeds]
+    assert len(set(drawn)) == len(seeds)
+    for seed, draws in zip(seeds, drawn, strict=True):
+        assert draws == tuple(uniforms(seed, 8).tolist())
+        assert draws[:3] == tuple(uniforms(seed, 3).tolist())
+        assert 0 <= min(draws) <= max(draws) < 1
+    assert uniforms(2**50, 20_000).mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_seeds_from_a_hash_do_not_collide():
+    """70,000 of 64 bits: modulo 2^32 about half of a collision was to be expected."""
+    import hashlib
+
+    seeds = [
+        int.from_bytes(hashlib.blake2b(str(i).encode(), digest_size=8).digest(), "big") - 2**63
+        for i in range(120_000)
+    ]
+    low: dict[int, int] = {}
+    pairs = [(low[s % 2**32], s) for s in seeds if low.setdefault(s % 2**32, s) != s]
+    assert pairs, "some of these agree in their lower 32 bits"
+    for a, b in pairs:
+        assert not torch.equal(uniforms(a, 4), uniforms(b, 4))
+
+
+def test_one_string_is_one_stop():
+    assert SamplingParams(stop="abc").stop == ("abc",)
+    assert SamplingParams(stop=["a", "bc"]).stop == ("a", "bc")
+
+
+def test_greedy_has_one_completion():
+    with pytest.raises(ConfigError, match="`n` must be 1 where `temperature` is 0, got 3"):
+        SamplingParams(n=3)
+    assert SamplingParams(n=3, temperature=0.1).n == 3
+
+
+def test_the_nucleus_ends_where_the_mass_before_reaches_top_p():
+    z = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    assert nucleus(z, 0.5).tolist() == [[True, False, False]]
+    assert nucleus(z, 0.5001).sum() == 2
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -75,6 +121,8 @@ def test_draws_depend_on_seed_and_position_only():
         ("temperature", -1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 1e-320),
+        ("temperature", 9e-7),
         ("top_k", -1),
         ("top_p", 0),
         ("top_p", 1.5),

@@ -142,8 +142,8 @@ def style_rows(model: LanguageModel, pairs: list[Pair]) -> dict[str, Any]:
     def prompted(text: str) -> Method:
         return Plain(principle=text)
 
-    def aligned(ratio: float, top_p: float) -> Callable[[str], Method]:
-        return lambda text: LinearAlignment(principle=text, ratio=ratio, top_p=top_p)
+    def aligned(ratio: float, candidates: float) -> Callable[[str], Method]:
+        return lambda text: LinearAlignment(principle=text, ratio=ratio, candidates=candidates)
 
     rows = {
         "no principle": measure_styles(model, pairs, lambda _: Plain()),
@@ -152,13 +152,13 @@ def style_rows(model: LanguageModel, pairs: list[Pair]) -> dict[str, Any]:
         "the same, temperature 1": measure_styles(model, pairs, prompted, 1.0),
         "the same, caller's system message": measure_styles(model, pairs, prompted, 0.0, HELPFUL),
     }
-    for top_p, mask in ((0.8, "top_p 0.8"), (1.0, "no mask")):
+    for candidates, mask in ((0.8, "candidates 0.8"), (1.0, "no mask")):
         for ratio in RATIOS:
             name = f"Linear Alignment, ratio {ratio:g}, {mask}"
-            rows[name] = measure_styles(model, pairs, aligned(ratio, top_p))
+            rows[name] = measure_styles(model, pairs, aligned(ratio, candidates))
     released = aligned(2.0, 0.8)
-    rows["ratio 2, top_p 0.8, temperature 0.5"] = measure_styles(model, pairs, released, 0.5)
-    rows["ratio 2, top_p 0.8, caller's system message"] = measure_styles(
+    rows["ratio 2, candidates 0.8, temperature 0.5"] = measure_styles(model, pairs, released, 0.5)
+    rows["ratio 2, candidates 0.8, caller's system message"] = measure_styles(
         model, pairs, released, 0.0, HELPFUL
     )
     return rows

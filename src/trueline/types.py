@@ -15,6 +15,8 @@ FinishReason = Literal["stop", "length"]
 Progress = Callable[[str, int, int], None]
 """How a job says how far it is: progress(what, done, total)."""
 ROLES = ("system", "user", "assistant")
+COLDEST = 1e-6
+"""Lower temperatures leave the range of float32 logits."""
 SEEDS = range(-(2**63), 2**63)
 
 
@@ -36,6 +38,8 @@ class Method(Protocol):
         first_tokens: int | None = None      so many tokens, then one branch goes on alone
         rest_branch: int = 0                 that branch
         base_branches: tuple[int, ...] = ()  branches that run with the model's adapter off
+        combine_at(logits, temperature)      in place of `combine`, where what is added to the
+                                             logits does not scale with them
     """
 
     name: ClassVar[str]
@@ -63,17 +67,25 @@ def base_branches(method: Method) -> tuple[int, ...]:
     return tuple(getattr(method, "base_branches", ()))
 
 
+def combine_at(method: Method, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Combine logits (batch, branch, vocab) that were divided by `temperature`."""
+    own = getattr(method, "combine_at", None)
+    combined: Tensor = method.combine(logits) if own is None else own(logits, temperature)
+    return combined
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How a token is chosen from the combined distribution, and when to stop.
 
-    Defaults are greedy. Order: repetition penalty, temperature, method, top-k, top-p, min-p.
+    Defaults are greedy. Order: temperature, method, repetition penalty, top-k, top-p, min-p.
     """
 
     max_new_tokens: int = 128
     """Tokens to generate at most, at least 1."""
     temperature: float = 0.0
-    """0 is greedy (methods then see temperature 1); divides the logits before the method."""
+    """0 is greedy (methods then see temperature 1); divides the logits before the method. Otherwise
+    at least 1e-6."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -83,9 +95,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens already seen; above 0."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not part of it."""
+    """Strings that end the text; they are not part of it. One string is one of them."""
     n: int = 1
-    """Completions for each request; sample j is drawn with seed + j."""
+    """Completions for each request; sample j is drawn with seed + j. 1 where decoding is greedy."""
     logprobs: bool = False
     """Record the chosen token's log-probability before and after the method."""
 
@@ -97,8 +109,19 @@ class SamplingParams:
         check_number("min_p", self.min_p, low=0, high=1)
         check_number("repetition_penalty", self.repetition_penalty, low=0, low_open=True)
         check_number("n", self.n, low=1, whole=True)
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if 0 < self.temperature < COLDEST:
+            raise ConfigError(
+                f"`temperature` must be 0 (greedy) or at least {COLDEST:g}, "
+                f"got {self.temperature!r}."
+            )
+        if self.n > 1 and self.greedy:
+            raise ConfigError(
+                f"`n` must be 1 where `temperature` is 0, got {self.n}: greedy completions are all "
+                "the same. Give a `temperature`."
+            )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if not all(isinstance(s, str) and s for s in stop):
             raise ConfigError(f"`stop` must be strings that are not empty, got {self.stop!r}.")
 
     @property
@@ -134,7 +157,8 @@ class Completion:
     logprobs: list[float] | None = None
     """Log-probability of each token under the combined distribution it was drawn from."""
     branch_logprobs: list[float] | None = None
-    """The same under the first branch alone, before the method."""
+    """The same before the method, under the first branch alone; after the method's `first_tokens`
+    under its rest branch, the only one that still runs."""
     trace: list[Any] = field(default_factory=list, repr=False)
 
 

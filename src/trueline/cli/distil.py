@@ -48,9 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting(group, "--quantize", "quantize", choices=("4bit", "8bit"),
                 help="needs bitsandbytes")  # fmt: skip
     add_setting(group, "--raw", "raw", action="store_true", help="no chat template: base models")
-    add_setting(group, "--no-default-system", "default_system", action="store_false",
-                help="an empty system message where a chat has none, instead of the template's own "
-                "text")  # fmt: skip
 
     group = parser.add_argument_group("on top of earlier adapters")
     add_setting(group, "--after", "after", metavar="DIR", help="adapters that are there already, "
@@ -65,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting(group, "--teacher", "teacher", metavar="NAME", help="linear-alignment (default), "
                 "principle (its prompt alone), checkpoints, or a decoding method")  # fmt: skip
     add_setting(group, "--ratio", "ratio", type=float, metavar="X", help="the teacher's ratio")
-    add_setting(group, "--top-p", "top_p", type=float, metavar="X", help="its candidates mask")
+    add_setting(
+        group, "--candidates", "candidates", type=float, metavar="X", help="its candidates mask"
+    )
     add_setting(group, "--alpha", "teacher_options.alpha", type=float, metavar="X",
                 help="alpha of --teacher self-cd")  # fmt: skip
     add_setting(group, "--tuned", "teacher_options.tuned", metavar="DIR",

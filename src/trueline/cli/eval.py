@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   trueline eval preference --responses a.jsonl b.jsonl --judge model --judge-url URL ...
   trueline eval preference --pairs hh.jsonl --principle "Be harmless." --limit 200
   trueline eval judge --labels labels.jsonl
-  trueline eval sweep --metric adherence --grid ratio=0,1,2,3,5 top_p=0.8,0.95,1
+  trueline eval sweep --metric adherence --grid ratio=0,1,2,3,5 candidates=0.8,0.95,1
 
 A number of a method may be a range START:STOP:STEP or a list a,b,c. Every run has a folder with
 manifest.json, responses.jsonl, verdicts.jsonl, results.json, results.md and plot.png; the same

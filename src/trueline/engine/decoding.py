@@ -178,8 +178,6 @@ class Decoder:
         """Decode encoded prompts; return the n completions of each, in order."""
         return [c for own in self.each(prompts, on_step=on_step) for c in own]
 
-    collect = complete
-
     def _next(self, tickets: Mapping[Ticket, int]) -> list[Step]:
         """Return the next steps of these requests; those of others wait for who asks for them."""
         own: list[Step] = []

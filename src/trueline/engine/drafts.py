@@ -13,7 +13,7 @@ from trueline.engine.sampling import penalise_repetition, sample, uniforms
 from trueline.errors import ModelError
 from trueline.models.detokenizer import Detokenizer
 from trueline.models.load import LanguageModel
-from trueline.types import FinishReason, Method, first_tokens, rest_branch
+from trueline.types import FinishReason, Method, combine_at, first_tokens, rest_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,20 +124,18 @@ def choose(model: LanguageModel, drafts: Sequence[Draft], logits: Tensor) -> lis
     prompt = first.ticket.prompt
     params, method = prompt.sampling, prompt.method
     z = logits.view(len(drafts), -1, logits.shape[-1])
-    if not params.greedy and params.temperature != 1:
-        z = z / params.temperature
+    temperature = 1.0 if params.greedy else params.temperature
+    if temperature != 1:
+        z = z / temperature
     contrasted = len(first.branches) == len(prompt.branches)
-    combined = method.combine(z) if contrasted else z[:, 0]
+    combined = combine_at(method, z, temperature) if contrasted else z[:, 0]
     if params.repetition_penalty != 1:
         seen = [sorted(draft.seen) for draft in drafts]
         combined = penalise_repetition(combined.clone(), seen, params.repetition_penalty)
     draws = [draft.draws[len(draft.token_ids)] for draft in drafts if draft.draws is not None]
     tokens = sample(combined, params, torch.stack(draws) if draws else None)
     if not combined.gather(-1, tokens[:, None]).isfinite().all():
-        raise ModelError(
-            f'Model "{model.name}" gave logits that are not finite. Load it with '
-            "--dtype float32 or bfloat16 (`dtype=`)."
-        )
+        raise ModelError(_not_finite(model, method, bool(z.isfinite().all())))
     logprobs = _logprobs(combined, z[:, 0], tokens) if params.logprobs else None
     steps = []
     for i, (draft, token) in enumerate(zip(drafts, tokens.tolist(), strict=True)):
@@ -148,6 +146,18 @@ def choose(model: LanguageModel, drafts: Sequence[Draft], logits: Tensor) -> lis
             extra |= {"logits": z[i].clone(), "combined": combined[i].clone()}
         steps.append(draft.advance(token, model.eos_token_ids, extra))
     return steps
+
+
+def _not_finite(model: LanguageModel, method: Method, given: bool) -> str:
+    """Return what to say of logits that are not finite; `given`: those of the branches were."""
+    if given:
+        return f'Method "{method.name}" made logits that are not finite. Give it less strength.'
+    if any(p.dtype == torch.float16 for p in model.model.parameters()):
+        advice = "Load it with --dtype float32 or bfloat16 (`dtype=`)."
+    else:
+        own = "weights, or its adapter's," if model.has_adapter else "weights"
+        advice = f"Its {own} are broken."
+    return f'Model "{model.name}" gave logits that are not finite. {advice}'
 
 
 def _logprobs(combined: Tensor, branch: Tensor, tokens: Tensor) -> tuple[list[float], list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
 def uniforms(seed: int, count: int) -> Tensor:
     """Return the `count` draws in [0, 1) that a request with this seed uses, one a token.
 
-    They depend on the seed and the position alone: the same text whatever the batch.
+    They depend on the seed and the position alone: the same text whatever the batch. All bits of a
+    seed count, and its sign; torch's own generator knows 32 and serves the seeds that fit in them.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+    if 0 <= seed < 1 << 32:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(count, generator=generator, dtype=torch.float64)
+    # Seeded with a text, Python's generator takes a hash of it for its whole state.
+    wide = random.Random(str(seed))
+    return torch.tensor([wide.random() for _ in range(count)], dtype=torch.float64)
 
 
 def penalise_repetition(

@@ -13,7 +13,7 @@ import torch
 
 from trueline.engine.protocol import Continuation
 from trueline.models.prompts import pad_left
-from trueline.types import Method, first_tokens, rest_branch
+from trueline.types import Method, combine_at, first_tokens, rest_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,17 +58,20 @@ def longest_first(items: Sequence[Continuation]) -> list[int]:
     return sorted(range(len(items)), key=lambda i: -lengths[i])
 
 
-def combined(method: Method, logits: Tensor, first: int = 0) -> Tensor:
+def combined(method: Method, logits: Tensor, first: int = 0, *, temperature: float = 1.0) -> Tensor:
     """Combine logits (time, branch, vocab) of a continuation, as decoding would.
 
     After the method's `first_tokens` its rest branch is alone; `first` tokens came before these.
+    The logits were divided by `temperature` already.
     """
     count = first_tokens(method)
     if count is None or logits.shape[1] == 1:
-        return method.combine(logits)
+        return combine_at(method, logits, temperature)
     n = max(0, count - first)
     alone = logits[n:, rest_branch(method)]
-    return torch.cat([method.combine(logits[:n]), alone]) if len(logits[:n]) else alone
+    if n == 0 or not len(logits):
+        return alone
+    return torch.cat([combine_at(method, logits[:n], temperature), alone])
 
 
 def forced_logits(

@@ -1,7 +1,7 @@
 """A decoding method as a model of lm-evaluation-harness: likelihoods and texts under the method.
 
     python -m trueline.integrations.lm_eval run --model trueline --tasks arc_easy \\
-        --model_args pretrained=gpt2 method=linear-alignment "principle=Be brief." ratio=2 top_p=1
+        --model_args pretrained=gpt2 method=linear-alignment "principle=Be brief." candidates=1
 
 The log-likelihood of a continuation y after a context c, with z_k the logits of branch k:
 
@@ -9,8 +9,8 @@ The log-likelihood of a continuation y after a context c, with z_k the logits of
 
 All branches are followed by the same tokens: those that follow the bare context. Temperature is 1.
 After a method's `first_tokens` its `rest_branch` counts alone. A method that restricts the
-candidates (`top_p` of Linear Alignment and Blend, `plausibility`) gives all other tokens
-probability 0, hence a log-likelihood of minus infinity: score with `top_p=1`.
+tokens (`candidates` of Linear Alignment and Blend, `plausibility`) gives all other tokens
+probability 0, hence a log-likelihood of minus infinity: score with `candidates=1`.
 
 Contexts are text (base models: a principle goes before it, with a line break) or, with the
 harness's --apply_chat_template, messages. What exceeds the model's positions is cut from the left
@@ -149,7 +149,7 @@ class TruelineLM(LM):
         if impossible:
             log.warning(
                 "%d of %d continuations have probability 0 under %r: candidates are restricted. "
-                "Pass top_p=1 (or no plausibility) to score them.",
+                "Pass candidates=1 (or no plausibility) to score them.",
                 *(impossible, len(answers), self.method),
             )
         return answers

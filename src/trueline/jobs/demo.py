@@ -73,7 +73,7 @@ class Adherence:
     name: str
     ratio: float | None
     """Of Linear Alignment; 0 for the principle prompt, None without a principle."""
-    top_p: float | None
+    candidates: float | None
     """Of Linear Alignment's mask; 1 is none."""
     followed: Estimate
     facts: Estimate
@@ -145,16 +145,16 @@ def choose_requests(requests: Sequence[str], limit: int | None, seed: int) -> li
 
 
 Way = tuple[str, float | None, float | None, Callable[[str], Method]]
-"""Name, ratio, top_p, and the method for a principle's text."""
+"""Name, ratio, candidates, and the method for a principle's text."""
 
 
 def adherence_ways() -> list[Way]:
     """The ways to apply a principle that are compared."""
 
-    def aligned(ratio: float, top_p: float) -> Callable[[str], Method]:
-        return lambda text: LinearAlignment(principle=text, ratio=ratio, top_p=top_p)
+    def aligned(ratio: float, candidates: float) -> Callable[[str], Method]:
+        return lambda text: LinearAlignment(principle=text, ratio=ratio, candidates=candidates)
 
-    mask = LinearAlignment.top_p
+    mask = LinearAlignment.candidates
     ways: list[Way] = [
         ("no principle", None, None, lambda _: Plain()),
         ("principle prompt", 0.0, None, lambda text: Plain(principle=text)),
@@ -197,7 +197,7 @@ def measure_adherence(
     check_limit(limit)
     pairs = choose_pairs(held_out, limit, seed)
     results = []
-    for name, ratio, top_p, method in adherence_ways():
+    for name, ratio, candidates, method in adherence_ways():
         requests = [Request(q.question, method(p.text)) for p, q in pairs]
         answers = [c.text for c in _decode(decoder, requests, on_done)]
         judged = list(zip(pairs, answers, strict=True))
@@ -210,7 +210,7 @@ def measure_adherence(
             Adherence(
                 name=name,
                 ratio=ratio,
-                top_p=top_p,
+                candidates=candidates,
                 followed=rate(followed),
                 facts=rate(facts),
                 both=rate([a and b for a, b in zip(followed, facts, strict=True)]),

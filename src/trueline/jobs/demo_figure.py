@@ -38,12 +38,13 @@ def draw_demo(adherence: Sequence[Adherence], refusal: Sequence[Refusal]) -> Fig
 
 def _draw_adherence(axes: Axes, rows: Sequence[Adherence]) -> None:
     """Ratio -1 is the plain model and 0 the principle prompt, so one axis holds them all."""
-    masked = [(-1.0 if row.ratio is None else row.ratio, row) for row in rows if row.top_p != 1]
+    kept = [row for row in rows if row.candidates != 1]
+    masked = [(-1.0 if row.ratio is None else row.ratio, row) for row in kept]
     places = [place for place, _ in masked]
     for colour, field in ((BLUE, "followed"), (GREEN, "facts")):
         _line(axes, places, [getattr(row, field) for _, row in masked], colour)
     for row in rows:
-        if row.top_p == 1 and row.ratio is not None:
+        if row.candidates == 1 and row.ratio is not None:
             place = row.ratio + 0.35
             for colour, estimate in ((BLUE, row.followed), (GREEN, row.facts)):
                 _point(axes, place, estimate, colour, hollow=True)

@@ -47,8 +47,8 @@ class Blend:
 
     principles: tuple[tuple[str, float], ...]
     """Pairs of (principle, weight); weight 1 is the principle prompt, 0 nothing, negative away."""
-    top_p: float = 0.8
-    """Candidates, in (0, 1]; 1 keeps all tokens."""
+    candidates: float = 0.8
+    """Mass of the candidates, in (0, 1]; 1 keeps all tokens."""
 
     def __post_init__(self) -> None:
         try:
@@ -64,7 +64,7 @@ class Blend:
             if not isinstance(text, str) or not text.strip():
                 raise ConfigError(f"A principle must be some text, got {text!r}.")
             check_number(f"weight of {text!r}", weight, low=-STRONGEST, high=STRONGEST)
-        check_number("top_p", self.top_p, low=0, high=1, low_open=True)
+        check_number("candidates", self.candidates, low=0, high=1, low_open=True)
 
     def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:
         """Return the plain prompt, then the prompt with each principle."""
@@ -76,10 +76,10 @@ class Blend:
         # z_0 + sum_k w_k (z_k - z_0) = (1 - sum_k w_k) z_0 + sum_k w_k z_k
         coefficients = logits.new_tensor([1 - float(weights.sum()), *weights.tolist()])
         z = (coefficients[:, None] * logits).sum(1)
-        if self.top_p == 1:
+        if self.candidates == 1:
             return z
         positive = [1 + i for i, (_, weight) in enumerate(self.principles) if weight > 0] or [0]
-        keep = nucleus(logits[:, positive[0]], self.top_p)
+        keep = nucleus(logits[:, positive[0]], self.candidates)
         for branch in positive[1:]:
-            keep |= nucleus(logits[:, branch], self.top_p)
+            keep |= nucleus(logits[:, branch], self.candidates)
         return restrict(z, keep)

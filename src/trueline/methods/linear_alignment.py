@@ -15,7 +15,7 @@ the principle prompt changes, d = z_p - z_0.                                    
     ratio       epsilon over the norm of g, plus the principle prompt itself (`ratio`)
     epsilon     radius of the ball
     norm        p of the ball's norm
-    top_p       `top_p`, 0.8
+    candidates  `top_p`, 0.8
 
 Differs from the paper: its norm and estimator constants are not given, so `norm` is an option. g is
     taken with mean zero over the vocabulary, as any gradient through a softmax has; without that
@@ -63,8 +63,9 @@ class LinearAlignment:
     """What the model is to follow; added to the system message of the first branch."""
     ratio: float = 2.0
     """Strength; 0 returns the principle-prompted model, -1 the plain one. The papers use 2 to 5."""
-    top_p: float = 0.8
-    """Candidates: the top-p set of the principle-prompted branch, in (0, 1]; 1 keeps all tokens."""
+    candidates: float = 0.8
+    """Mass of the candidates: tokens outside the smallest set of the principle-prompted branch that
+    reaches it are out; in (0, 1], 1 keeps all tokens."""
     epsilon: float | None = None
     """Radius of the closed form, at least 0; when given it replaces `ratio`. 0 is the plain model
     on the candidates."""
@@ -75,7 +76,7 @@ class LinearAlignment:
         if not isinstance(self.principle, str) or not self.principle.strip():
             raise ConfigError("`principle` is empty. State in words what the model is to follow.")
         check_number("ratio", self.ratio, low=-STRONGEST, high=STRONGEST)
-        check_number("top_p", self.top_p, low=0, high=1, low_open=True)
+        check_number("candidates", self.candidates, low=0, high=1, low_open=True)
         if self.epsilon is not None:
             check_number("epsilon", self.epsilon, low=0, high=STRONGEST)
         check_number("norm", self.norm, low=1, low_open=True, infinite=True)
@@ -86,13 +87,21 @@ class LinearAlignment:
 
     def combine(self, logits: Float[Tensor, "batch 2 vocab"]) -> Float[Tensor, "batch vocab"]:
         """Return the logits of the aligned policy, minus infinity outside the candidates."""
+        return self.combine_at(logits, 1.0)
+
+    def combine_at(
+        self, logits: Float[Tensor, "batch 2 vocab"], temperature: float
+    ) -> Float[Tensor, "batch vocab"]:
+        """Return the same of logits over a temperature: the ball's radius is divided by it too."""
         z_p, z_0 = logits.unbind(1)
         if self.epsilon is None:
             # z* = z_p + ratio (z_p - z_0)
             z = extrapolate(z_p, z_0, self.ratio)
         else:
-            z = z_0 + self.epsilon * dual_direction(z_p - z_0, self.norm)
-        return z if self.top_p == 1 else restrict(z, nucleus(z_p, self.top_p))
+            # (z_0 + epsilon step) / T, the step that of the logits themselves
+            step = dual_direction((z_p - z_0) * temperature, self.norm)
+            z = z_0 + self.epsilon / temperature * step
+        return z if self.candidates == 1 else restrict(z, nucleus(z_p, self.candidates))
 
 
 def dual_direction(d: Float[Tensor, "batch vocab"], norm: float) -> Float[Tensor, "batch vocab"]:

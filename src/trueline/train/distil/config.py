@@ -27,8 +27,8 @@ ABSENT = {
 class InverseQConfig(TrainingArguments):
     """Settings of `InverseQTrainer`: its own, and all of transformers' arguments.
 
-    `top_p` and `top_k` mean here what they mean in the method: the student always samples from its
-    whole distribution, since the gradient is on-policy.
+    `candidates` is the teacher's and `top_k` the loss's: the student always samples from its whole
+    distribution, since the gradient is on-policy.
     """
 
     output_dir: str | None = "inverse-q"
@@ -50,7 +50,7 @@ class InverseQConfig(TrainingArguments):
     ratio: float | None = None
     """The teacher's `ratio`; none is its method's own (2 for linear-alignment, 0 for
     checkpoints)."""
-    top_p: float | None = None
+    candidates: float | None = None
     """The teacher's candidates mask, in (0, 1]; none is its method's own (0.8 for
     linear-alignment)."""
     floor: float | None = None
@@ -160,7 +160,7 @@ class InverseQConfig(TrainingArguments):
 
     @property
     def method_options(self) -> dict[str, Any]:
-        """Options of the teacher's method, `ratio` and `top_p` among them."""
-        given = {"ratio": self.ratio, "top_p": self.top_p}
+        """Options of the teacher's method, `ratio` and `candidates` among them."""
+        given = {"ratio": self.ratio, "candidates": self.candidates}
         options = self.teacher_options if isinstance(self.teacher_options, dict) else {}
         return {**options, **{name: value for name, value in given.items() if value is not None}}

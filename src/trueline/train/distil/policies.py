@@ -64,7 +64,7 @@ def policies(
         if method is None:
             yield i, z_s, z_s
             continue
-        z_star = combined(method, z[:, 1:])
+        z_star = combined(method, z[:, 1:], temperature=temperature)
         masked = rules_out(cast(Hashable, method), z.shape[1] - 1)
         share = floor if floor is not None else DEFAULT_FLOOR if masked else 0.0
         if masked and share == 0:
