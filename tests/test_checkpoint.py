@@ -88,6 +88,18 @@ def test_weights_that_are_not_the_models_are_named(model, what):
         load_model(model)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_not_finite_are_named(model, value, dtype):
+    def spoil(state):
+        state[LAYER][3, 5] = value
+
+    tensors(model / WEIGHTS, spoil)
+    for load in (load_model, lambda m, dtype: load_as_saved(find_model(m), dtype=dtype)):
+        with pytest.raises(ModelError, match=rf'not finite .* in "{LAYER}"'):
+            load(model, dtype=dtype)
+
+
 def test_more_layers_than_the_files_hold(model):
     change(model / "config.json", num_hidden_layers=3)
     with pytest.raises(ModelError, match=r'lacks "model\.layers\.2'):

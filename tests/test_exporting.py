@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from trueline import ConfigError, ModelError, load_model
 from trueline.jobs.exporting import ExportConfig, export, find_adapters
-from trueline.models.adapter import add_lora
+from trueline.models.adapter import add_lora, steady_config
 from trueline.train.adapters.stack import save_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -90,6 +90,14 @@ def test_saved_adapters_list_their_modules_in_order(adapters):
     for folder in adapters:
         with open(f"{folder}/adapter_config.json") as file:
             assert json.load(file)["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_names_are_written_in_order(tmp_path):
+    config = {"target_modules": ["b", "a", "c"], "exclude_modules": ["z", "y"], "r": 4}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    steady_config(tmp_path)
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert found == {"target_modules": ["a", "b", "c"], "exclude_modules": ["y", "z"], "r": 4}
 
 
 def test_an_empty_folder_may_be_there(adapters, tmp_path):

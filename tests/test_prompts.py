@@ -140,6 +140,7 @@ def test_what_is_not_a_chat_is_named(messages, fragment):
 
 DEFAULT = "You are Bot. Be useful."
 KEEPS = "{% if messages[0].role != 'system' %}<|system|>" + DEFAULT + "<|end|>{% endif %}" + CHATML
+CUTS = KEEPS.replace("{{ m['content'] }}", "{{ m['content'][:15] }}")
 MORE_THAN_THE_TEXT = KEEPS.replace("<|end|>{% endif %}", "<|end|>Now: <|end|>{% endif %}")
 ALWAYS = (
     "<|system|>Today: {% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
@@ -150,8 +151,8 @@ ALWAYS = (
 @pytest.mark.parametrize(
     ("template", "expected"),
     [(KEEPS, DEFAULT), (CHATML, None), (NO_SYSTEM, None), (DROPS_SYSTEM, None), (ALWAYS, None),
-     (MORE_THAN_THE_TEXT, None), ("{{ 1 / 0 }}", None), (None, None)],
-    ids=["default", "none", "raises", "drops", "head", "more", "broken", "no template"],
+     (MORE_THAN_THE_TEXT, None), (CUTS, None), ("{{ 1 / 0 }}", None), (None, None)],
+    ids=["default", "none", "raises", "drops", "head", "more", "cuts", "broken", "no template"],
 )  # fmt: skip
 def test_the_default_system_text_is_found_in_the_template(model, template, expected):
     lm = LanguageModel(model, byte_tokenizer(template))
@@ -224,7 +225,7 @@ def test_an_empty_system_message_adds_nothing_where_there_is_no_role_for_it(mode
 
 
 def test_teachers_and_scores_see_the_prompts_that_decoding_sees(model):
-    from trueline.evals.likelihood import branch_rows
+    from trueline.evals.likelihood import branch_items
     from trueline.train.distil.teachers import make_teacher
 
     lm = LanguageModel(model, byte_tokenizer(KEEPS))
@@ -236,7 +237,7 @@ def test_teachers_and_scores_see_the_prompts_that_decoding_sees(model):
     assert lesson.prompt == wanted[1]  # the student's: the default text, no principle
     led = make_teacher("linear-alignment", {"principle": "Be brief."}, student="prompted")
     assert led.lesson(lm, {"prompt": "Why?"}).prompt == wanted[0]
-    assert branch_rows(lm, method, [[USER]], [[5]])[0] == wanted
+    assert [list(b) for b in branch_items(lm, method, [[USER]], [[5]])[0].branches] == wanted
 
 
 def test_on_the_command_line(model, tmp_path, capsys):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from trueline.cli.loading import loading
 from trueline.errors import ConfigError, TruelineError, suggestion
 
 COMMANDS = {
@@ -132,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_words(words)
         args = build_parser(words).parse_args(words)
         args.argv = words
-        return int(args.run(args) or 0)
+        with loading():
+            return int(args.run(args) or 0)
     except TruelineError as error:
         print("\n".join(f"error: {line}" for line in error.lines()), file=sys.stderr)
         return 2

@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting(group, "--quantize", "quantize", choices=("4bit", "8bit"),
                 help="needs bitsandbytes")  # fmt: skip
     add_setting(group, "--raw", "raw", action="store_true", help="no chat template: base models")
+    add_setting(group, "--no-default-system", "default_system", action="store_false",
+                help="an empty system message where a chat has none, instead of the template's own "
+                "text")  # fmt: skip
 
     group = parser.add_argument_group("on top of earlier adapters")
     add_setting(group, "--after", "after", metavar="DIR", help="adapters that are there already, "

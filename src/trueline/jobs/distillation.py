@@ -83,6 +83,8 @@ class DistilConfig:
     """4bit or 8bit, for an adapter on a quantized model; needs bitsandbytes."""
     chat_template: str | None = None
     """Jinja file to use as the chat template."""
+    default_system: bool = True
+    """Keep the system text that some chat templates put in where a chat has none."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     threads: int | None = None
@@ -177,6 +179,7 @@ class DistilConfig:
             quantize=self.quantize,  # type: ignore[arg-type]
             chat_template=self.chat_template,
             raw=bool(self.training.get("raw")),
+            default_system=self.default_system,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             threads=self.threads,

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from trueline.errors import ConfigError, DataError, ModelError
+from trueline.types import Progress
 
+LOADING: ContextVar[Progress | None] = ContextVar("LOADING", default=None)
+"""Told what is under way while a model loads, unless the caller names a `progress`."""
 PATIENCE = 3.0
 """Seconds that the hub's host has to answer."""
 

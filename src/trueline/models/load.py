@@ -16,6 +16,7 @@ from trueline.errors import ConfigError, ModelError
 from trueline.models.adapter import check_adapter, find_adapter, put_adapter
 from trueline.models.checkpoint import read_config, read_tokenizer, read_weights
 from trueline.models.device import check_dtype, find_device, find_dtype
+from trueline.models.hub import LOADING, Place
 from trueline.models.packed import pack_weights
 from trueline.models.places import find_model
 
@@ -130,36 +131,59 @@ def load_model(
     packed_weights: bool | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
-    """Load a causal language model from a folder, the hub, or the package (`"tiny"`).
+    """Load a causal language model from a folder, the hub, a GGUF file or the package.
 
     Args:
-        name: A folder, a hub name, a GGUF file (converted once), or the name of a model: "tiny",
-            the bundled one, "smollm2", a real chat model that is fetched once.
-        dtype: "auto", "float32", "bfloat16" or "float16". "auto" is the checkpoint's own, but on a
-            CPU float16 becomes float32, and bfloat16 becomes float32 where the processor has no
-            bfloat16 instructions.
+        name: A folder, a hub name, a GGUF file, "tiny" (bundled) or "smollm2" (fetched once).
+        dtype: "auto" is the checkpoint's own; on a CPU float32 for float16, and for bfloat16 where
+            the processor has no such instructions. Or "float32", "bfloat16", "float16".
         device: "auto" (CUDA, then MPS, then CPU), or a torch device. Not with `device_map`.
-        device_map: Passed to transformers, e.g. "auto" to spread over several devices; needs
-            accelerate.
+        device_map: Of transformers, e.g. "auto" for several devices; needs accelerate.
         adapter: Folder or hub name of a PEFT adapter; needs peft.
         quantize: "4bit" or "8bit"; needs bitsandbytes.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         raw: Send prompts as they are, with no chat template (for base models).
-        default_system: Keep the system text that some templates put in where a chat has none, in
-            front of a method's own in every branch; off, there is none.
+        default_system: See `LanguageModel`.
         revision: A branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint.
-        packed_weights: On a CPU, keep a second copy of the weights in a layout that multiplies a
-            few rows up to twice as fast (`trueline.models.packed`). None does so if the copy takes
-            no more than 2 GiB; off leaves torch's own product.
-        progress: Called as progress("loading NAME", 0 or 1, 1) at the start and at the end.
+        packed_weights: On a CPU, keep a second copy of the weights that multiplies a few rows up
+            to twice as fast (`trueline.models.packed`). None does so if it takes at most 2 GiB.
+        progress: Called as progress("loading NAME", 0 or 1, 1), and while a model is fetched.
 
-    Raises:
-        ConfigError: An option is out of range.
-        ModelError: No model at `name`, or one that cannot be used.
-
-    >>> model = load_model("tiny")
+    Raises `ConfigError` for an option that is out of range, `ModelError` for a name without a
+    model, and for one that cannot be used.
     """
+    target = _checked(name, dtype, device, device_map, adapter, quantize, chat_template)
+    tell = progress or LOADING.get() or (lambda *_: None)
+    tell(f"loading {name}", 0, 1)
+    template = _read_template(chat_template)
+    tuned = None if adapter is None else find_adapter(adapter)
+    if tuned is not None:
+        check_adapter(tuned)
+    place = find_model(name, revision=revision, trust_remote_code=trust_remote_code, progress=tell)
+    model, tokenizer = _read(place, target, dtype, device_map, quantize)
+    if template is not None:
+        tokenizer.chat_template = template
+    if tuned is not None:
+        model = put_adapter(model, str(adapter), tuned, on=str(name))
+    if packed_weights is not False and target.type == "cpu":
+        pack_weights(model, force=packed_weights is True)
+    tell(f"loading {name}", 1, 1)
+    return LanguageModel(
+        model, tokenizer, str(name), raw, default_system=default_system, folder=place.folder
+    )
+
+
+def _checked(
+    name: object,
+    dtype: str,
+    device: str,
+    device_map: object,
+    adapter: object,
+    quantize: object,
+    chat_template: object,
+) -> torch.device:
+    """Return the device; raises `ConfigError` for an option that is out of range."""
     check_dtype(dtype)
     for option, value in {"name": name, "adapter": adapter, "chat_template": chat_template}.items():
         if not isinstance(value, (str, Path)) and (value is not None or option == "name"):
@@ -168,22 +192,17 @@ def load_model(
         raise ConfigError(f'`quantize` must be "4bit" or "8bit", got "{quantize}".')
     if device_map is not None and device != "auto":
         raise ConfigError("Give `device` or `device_map`, not both.")
-    if progress is not None:
-        progress(f"loading {name}", 0, 1)
-    template = _read_template(chat_template)
-    target = find_device(device)
-    adapter_folder = None
     if adapter is not None:
         need("peft", "adapters", "adapter")
-        adapter_folder = find_adapter(adapter)
-        check_adapter(adapter_folder)
-    place = find_model(
-        name, revision=revision, trust_remote_code=trust_remote_code, progress=progress
-    )
+    return find_device(device)
+
+
+def _read(
+    place: Place, target: torch.device, dtype: str, device_map: Any, quantize: str | None
+) -> tuple[Any, Any]:
+    """Return model and tokenizer, the model where it is to run."""
     config = read_config(place)
     tokenizer = read_tokenizer(place)
-    if template is not None:
-        tokenizer.chat_template = template
     options: dict[str, Any] = {"dtype": find_dtype(dtype, config, target)}
     if device_map is not None:
         need("accelerate", "device-map", "device_map")
@@ -193,16 +212,7 @@ def load_model(
     model = read_weights(place, config, "AutoModelForCausalLM", **options)
     if device_map is None and not quantize:
         model.to(target)
-    if adapter_folder is not None:
-        model = put_adapter(model, str(adapter), adapter_folder, on=str(name))
-    if packed_weights is not False and target.type == "cpu":
-        pack_weights(model, force=packed_weights is True)
-    loaded = LanguageModel(
-        model, tokenizer, str(name), raw, default_system=default_system, folder=place.folder
-    )
-    if progress is not None:
-        progress(f"loading {name}", 1, 1)
-    return loaded
+    return model, tokenizer
 
 
 def _quantization(quantize: str, target: torch.device) -> dict[str, Any]:

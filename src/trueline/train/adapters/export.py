@@ -42,9 +42,10 @@ class Exported:
     """The --max-lora-rank that vLLM needs; None if it takes no rank so high, or saved modules."""
 
     def __str__(self) -> str:
+        tasks = f"{self.tasks} task{'' if self.tasks == 1 else 's'}"
         if self.form == "merged":
-            return f"{self.folder}: {self.tasks} tasks merged into the weights"
-        text = f"{self.folder}: {self.tasks} tasks as one LoRA of rank {self.rank}; "
+            return f"{self.folder}: {tasks} merged into the weights"
+        text = f"{self.folder}: {tasks} as one LoRA of rank {self.rank}; "
         if self.vllm_max_lora_rank is None:
             return text + "vLLM cannot load it (rank above 512, or modules saved whole)"
         return text + f"vLLM: --max-lora-rank {self.vllm_max_lora_rank}"
