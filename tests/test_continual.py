@@ -582,16 +582,17 @@ class Stopped(Exception):
     """Ends a run in the middle of a stage."""
 
 
-def test_a_stopped_stream_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", [None, "optimizer.pt", "rng_state.pth"])
+def test_a_stopped_stream_goes_on_from_its_last_whole_checkpoint(tmp_path, monkeypatch, broken):
     from trueline.train.tasks import stages as continual
 
     whole = run(tmp_path / "whole", "o-lora")
-    real, calls = continual.Log.on_step_end, []
+    real, calls, last = continual.Log.on_step_end, [], [11]
 
     def stop(self, args, state, control, **kwargs):
         real(self, args, state, control, **kwargs)
         calls.append((self.stage, state.global_step))
-        if len(calls) == 11:
+        if len(calls) == last[0]:
             raise Stopped
 
     monkeypatch.setattr(continual.Log, "on_step_end", stop)
@@ -599,9 +600,15 @@ def test_a_stopped_stream_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         run(tmp_path / "stopped", "o-lora")
     assert calls[-1] == (1, 5)
     calls.clear()
+    last[0] = 0
+    kept = sorted((tmp_path / "stopped").glob("stages/02-*/checkpoints/checkpoint-*"))
+    if broken is not None:
+        (kept[-1] / broken).write_bytes(b"junk")
     stopped = run(tmp_path / "stopped", "o-lora")
     # From the checkpoint after step 4, not from the task's start.
-    assert calls[0] == (1, 5)
+    assert calls[0] == (1, 5 if broken is None else 1)
+    named = f"{kept[-1].parent.parent.name}/{kept[-1].name}/{broken}"
+    assert stopped.broken == (() if broken is None else (named,))
     assert stopped.R.tolist() == whole.R.tolist()
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 

@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
         if (folder / "manifest.json").exists():
             print(f"--resume goes on where {folder} stopped", file=sys.stderr)
         raise
+    for name in results.broken:
+        print(f"{folder}: {name} is broken; went on from before it.", file=sys.stderr)
     show(args, results)
 
 

@@ -112,6 +112,8 @@ class StackResults:
     about: dict[str, Any] = field(repr=False)
     """Family of the model, labels, seed, scoring."""
     finished: bool
+    broken: tuple[str, ...] = ()
+    """Checkpoints that could not be gone on from; the ones before were taken."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what R.json holds."""
@@ -272,6 +274,7 @@ def results_of(
         stages.weights.adapters(folders),
         about,
         done == len(stages.names),
+        tuple(stages.broken),
     )
 
 

@@ -15,7 +15,6 @@ is up to `train`, which has `link.checkpoints` for that.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trueline.errors import DataError
-from trueline.records.disk import replace_file
-from trueline.records.lines import plain
+from trueline.records.disk import saving
+from trueline.records.manifest import read_json, write_json
 
 Scores = dict[str, Any]
 
@@ -88,7 +86,8 @@ def chain(
             continue
         link.folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        model = train(link)
+        with saving(link.folder):
+            model = train(link)
         trained = time.perf_counter() - started
         shutil.rmtree(link.checkpoints, ignore_errors=True)
         scores = measure(link, model, found)
@@ -100,20 +99,14 @@ def chain(
 
 def _written(path: Path, scores: Scores) -> Scores:
     """Write scores whole, and return them as they will be read."""
-    replace_file(path, json.dumps(plain(scores), ensure_ascii=False, indent=1) + "\n")
+    write_json(path, scores)
     found = _read(path)
     assert found is not None
     return found
 
 
 def _read(path: Path) -> Scores | None:
-    if not path.exists():
-        return None
-    try:
-        content: Scores = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}. Give --overwrite.") from None
-    return content
+    return read_json(path) if path.exists() else None
 
 
 def _safe(name: str) -> str:

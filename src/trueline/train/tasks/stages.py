@@ -19,7 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, set_seed
 
 from trueline.errors import ConfigError, DataError
-from trueline.records.checkpoints import last_checkpoint, step_of
+from trueline.records.checkpoints import broken_checkpoints, last_checkpoint, step_of
 from trueline.records.lines import LineFile, plain
 from trueline.train.chain import Link, Scores
 from trueline.train.keep import Keep
@@ -97,6 +97,8 @@ class TaskStages:
         self.scorer = Scorer(self.family, self.tasks, self.config, self.fresh.tokenizer, self.texts)
         self._rows: dict[int, list[Row]] = {}
         self._done = 0
+        self.broken: list[str] = []
+        """Checkpoints that could not be gone on from: "01-colours/checkpoint-50/optimizer.pt"."""
 
     @property
     def names(self) -> list[str]:
@@ -154,7 +156,8 @@ class TaskStages:
         set_seed(link.seed)
         model, stack = self.weights.start(link, rank)
         work = link.checkpoints
-        checkpoint = last_checkpoint(work, remove=True) if work.exists() else None
+        self.broken += [f"{link.folder.name}/{name}" for name in broken_checkpoints(work)]
+        checkpoint = last_checkpoint(work, remove=True)
         keep.begin(model, stage)
         arguments = training_arguments(
             self.config, self._settings(link.index), link.seed, self._steps(link.index), work,
