@@ -110,7 +110,7 @@ def test_compare_shows_the_last_question(tiny, talk, monkeypatch):
         ("/retry", "There is no question yet"),
         ("/undo", "There is no question yet"),
         ("/save", "/save FILE"),
-        ("/save /no/such/folder/x", 'Cannot write "/no/such/folder/x"'),
+        ("/save new.json", "There is no question yet"),
         ("/set principles a", '`principles` takes WEIGHT:TEXT, e.g. "1.5:Be brief.", got "a"'),
         ("/set principles x:a", "`principles` takes WEIGHT:TEXT"),
         ("/top_k 1e400", '`top_k` must be a whole number, got "1e400"'),
@@ -146,6 +146,12 @@ def test_retry_draws_again_and_undo_takes_back(tiny, talk):
     assert err == f"(taken back: {MOON})\n(taken back: {SUN})\n"
 
 
+def test_a_greedy_retry_says_that_it_is_one(tiny, talk):
+    out, err = talk(MOON, "/retry")
+    assert out == 2 * (generate(tiny, MOON, None, SHORT)[0].text + "\n")
+    assert "/temperature" in err
+
+
 def test_an_answer_that_cannot_be_retried_stays(talk, tiny, capsys):
     chat = Chat(Decoder(tiny, share_prefixes=False, keep_turns=True), "plain", {}, SHORT)
     chat.handle(MOON)
@@ -166,6 +172,7 @@ def test_save_writes_a_row_and_replaces_nothing(tiny, talk, tmp_path, monkeypatc
     assert (row["method"]["name"], row["method"]["alpha"]) == ("self-cd", 2.0)
     assert "1 questions and answers in talk.json" in err
     assert err.endswith('error: File "talk.json" exists. Give another name.\n')
+    assert 'Cannot write "no/x": ' in talk(MOON, "/save no/x")[1]
 
 
 def test_compare_of_a_text_is_not_kept(tiny, talk, monkeypatch):

@@ -50,9 +50,35 @@ def test_inspect_writes_page_figure_and_trace(tmp_path, capsys, tiny):
     assert wanted.text in printed
     for name in ("index.html", "trace.png", "trace.jsonl"):
         assert str(folder / name) in printed
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "index.html", "manifest.json", "trace.jsonl", "trace.png",
-    ]  # fmt: skip
+    files = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
+    assert files == {"index.html", "trace.jsonl", "trace.png", "manifest.json", "results.json"}
+    assert json.loads((folder / "results.json").read_text())["text"] == wanted.text
+
+
+def test_inspect_replaces_no_other_run_and_no_other_file(tmp_path, capsys):
+    short = ("--max-new-tokens", "3")
+    assert inspect(tmp_path / "a", *short) == 0
+    first = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert inspect(tmp_path / "a", *short) == 0  # the same again gives the same
+    assert (tmp_path / "a" / "trace.jsonl").read_bytes() == first["trace.jsonl"]
+    assert inspect(tmp_path / "a", *short, "--method", "self-cd") == 2
+    assert "belongs to another run" in capsys.readouterr().err
+    assert (tmp_path / "a" / "index.html").read_bytes() == first["index.html"]
+    assert inspect(tmp_path / "a", *short, "--method", "self-cd", "--overwrite") == 0
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "index.html").write_text("a page of mine")
+    for more in ((), ("--overwrite",)):
+        assert inspect(site, *short, *more) == 2
+    assert [p.name for p in site.iterdir()] == ["index.html"]
+    assert (site / "index.html").read_text() == "a page of mine"
+
+
+def test_inspect_names_its_folder_by_what_was_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for question in (QUESTION, "Why?"):
+        assert main(["inspect", question, "--max-new-tokens", "2"]) == 0
+    assert len(list((tmp_path / "runs").glob("inspect-*"))) == 2
 
 
 def test_inspect_takes_a_system_message_and_top(tmp_path):
@@ -65,10 +91,10 @@ def test_inspect_takes_a_system_message_and_top(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--n", "2"], "`--n` 2"),
+        (["--n", "2"], "got `n` 2"),
         (["--top", "0"], "`top`"),
         (["--seed", str(2**63)], "`seed`"),
-        (["--system", "  "], "only white space"),
+        (["--system", " "], "`--system` is only white space"),
         (["--method", "self"], 'Unknown method "self"'),
     ],
 )
@@ -80,7 +106,7 @@ def test_inspect_names_what_is_wrong(tmp_path, capsys, argv, message):
 def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "taken").touch()
     assert inspect(tmp_path / "taken") == 2
-    assert 'taken" is a file' in capsys.readouterr().err
+    assert "is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["inspect", QUESTION], ["demo", "--limit", "1"]])
@@ -91,15 +117,6 @@ def test_another_site_is_not_replaced(tmp_path, capsys, command):
     assert main([*command, "--output", str(tmp_path)]) == 2
     assert "holds no run but index.html" in capsys.readouterr().err
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(names, "mine")
-
-
-def test_a_page_of_before_is_replaced(tmp_path):
-    for question in ("One?", "Two?"):
-        argv = ["inspect", question, "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
-        assert main(argv) == 0
-        (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "Two?" in (tmp_path / "out" / "index.html").read_text()
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", [["inspect", QUESTION], ["demo"]])

@@ -79,6 +79,7 @@ def own(tmp_path, monkeypatch) -> str:
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(OWN)
     Path("broken.py").write_text("def\n")
+    Path("raising.py").write_text("\nraise RuntimeError('on purpose')\n")
     Path("lacking.py").write_text("import no_such_package\n")
     return "own.py"
 
@@ -153,7 +154,9 @@ def test_the_hash_is_of_the_file(own):
         (":Away", "is FILE.py:Class or module:Class"),
         ("no.py:Away", 'No file "no.py"'),
         ("broken.py:Away", "Cannot import broken.py:1:"),
-        ("lacking.py:Away", "Cannot import lacking.py: No module named 'no_such_package'"),
+        ("lacking.py:Away", "Cannot import lacking.py:1: No module named 'no_such_package'"),
+        ("raising.py:Away", "Cannot import raising.py:2: on purpose"),
+        ("", 'Unknown method ""'),
         ("no_such_module:Away", 'Cannot import "no_such_module"'),
         ("..:Away", 'Cannot import ".."'),
         ("own.py:Nothing", "lacks `prompts` and `combine`. See docs/methods.md"),

@@ -30,7 +30,7 @@ def token(position: int, text: str = " a", kl: float = 0.3, flipped: bool = Fals
 
 def recording(*tokens: TokenTrace) -> Recording:
     comparisons = [
-        Comparison(0, EVIL, True, "one", "stop"),
+        Comparison(0, EVIL, True, "one", "stop", EVIL),
         Comparison(1, None, False, "two", "length"),
     ]
     return Recording(list(tokens), "".join(t.text for t in tokens), "stop", comparisons)
@@ -84,7 +84,7 @@ def test_flipped_tokens_are_marked_and_coloured_by_kl():
     assert second["class"].split() == ["t"]
     assert first["style"] == "--c0:1.0;--c1:1.0;"
     assert second["style"] == f"--c0:0.0;--c1:{trace_page.heat(1):.3f};"
-    assert "1 of 2 tokens are flipped, the mean KL is 5.00 nats" in page
+    assert "The method changed 1 of 2 tokens, and moved a token by 5.00 nats in the mean" in page
 
 
 def test_the_answer_reads_as_it_was_written():
@@ -101,14 +101,31 @@ def test_a_branch_that_no_longer_runs_is_left_out():
     page = render_page(recording(token(0), last), "Why?", [])
     assert 'style="--c0:0;--c1:' in page
     details = page.split('role="tooltip"')[2]
-    assert "Branch 1: no system text, adapter off" in details
-    assert "Branch 0:" not in details.split("Each prompt alone")[0]
+    details = details.split("</div></div></div>")[0]
+    assert "plain prompt, adapter off, alone" in details
+    assert "with “" not in details
+
+
+def test_no_word_needs_the_paper_to_be_read():
+    """What a reader cannot know: indices of branches, "flipped", the formula."""
+    seen = Elements(render_page(recording(token(0, flipped=True), token(1)), "Why?", [])).text
+    for word in ("flipped", "KL(", "‖", "combined", "Branch 0", "branch 0", "Branch 1"):
+        assert word not in seen, word
+    assert "moved" in seen
+
+
+def test_a_template_that_has_its_own_system_text_is_not_without_one():
+    plain = Comparison(0, "Be kind.", True, "one", "stop", "Be kind.")
+    filled = Comparison(1, "You are Qwen.", True, "two", "stop", None, True)
+    page = render_page(replace(recording(token(0)), comparisons=[plain, filled]), "Why?", [])
+    assert "the chat template's own system text" in Elements(page).text
+    assert "no system text" not in page
 
 
 def test_infinite_and_tiny_numbers_are_readable():
     infinite = replace(token(0), branches=(BranchTrace(0, -float("inf"), float("inf"), 1, ()),) * 2)
     page = render_page(recording(token(0), infinite), "Why?", [])
-    assert "KL ∞ nats" in page
+    assert "moved by ∞ nats" in page
     assert "&lt; 0.1 %" in page
     assert style.share(0) == "0.0 %"
 

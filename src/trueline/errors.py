@@ -60,6 +60,26 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" Known: {', '.join(known)}." if known else ""
 
 
+def check_text(name: str, value: object, advice: str = "Give it some text.") -> None:
+    """Raise `ConfigError` unless `value` is text that is not blank."""
+    if not isinstance(value, str):
+        raise ConfigError(f"`{name}` must be text, got {value!r}. {advice}")
+    if not value.strip():
+        raise ConfigError(f"`{name}` is empty. {advice}")
+
+
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:
+    """Raise `ConfigError` unless `value` is of one of these types."""
+    if not isinstance(value, kinds):
+        raise ConfigError(f"`{name}` must be {what}, got {value!r}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_number(
     name: str,
     value: object,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypedDict, runtime_checkable
 
-from trueline.errors import ConfigError, DataError, check_number
+from trueline.errors import ConfigError, DataError, check_flag, check_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,10 +119,11 @@ class SamplingParams:
                 f"`n` must be 1 where `temperature` is 0, got {self.n}: greedy completions are all "
                 "the same. Give a `temperature`."
             )
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        if not all(isinstance(s, str) and s for s in stop):
+        check_flag("logprobs", self.logprobs)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
             raise ConfigError(f"`stop` must be strings that are not empty, got {self.stop!r}.")
+        object.__setattr__(self, "stop", tuple(stop))
 
     @property
     def greedy(self) -> bool:
@@ -142,6 +143,10 @@ class Request:
     method: Method | None = None
     sampling: SamplingParams | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_call(self.method, self.sampling)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,24 @@ EMPTY = ("system", "")
 """The one message without text that means something: the template is not to put in its own."""
 
 
+def check_call(method: object, sampling: object) -> None:
+    """Raise `ConfigError` unless these are a decoding method and sampling settings, or None."""
+    parts = all(callable(getattr(method, part, None)) for part in ("prompts", "combine"))
+    if method is not None and (isinstance(method, type) or not parts):
+        raise ConfigError(
+            f"`method` must be a decoding method, e.g. SelfCD() or "
+            f'make_method("self-cd"), got {method!r}.'
+        )
+    if sampling is not None and not isinstance(sampling, SamplingParams):
+        raise ConfigError(f"`sampling` must be SamplingParams(...), got {sampling!r}.")
+
+
 def check_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Message]:
     """Return `messages` as a fresh list of messages; raise `DataError` for what is not a chat."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, Sequence) or isinstance(messages, bytes):
+        raise DataError(f"A prompt must be text or a list of messages, got {messages!r}.")
     checked: list[Message] = []
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):

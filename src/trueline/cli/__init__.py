@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "make one plain LoRA, or merged weights, of the adapters of several tasks",
     "serve": "answer OpenAI clients under the methods, over HTTP",
     "report": "put runs of `trueline eval` side by side, as Markdown and HTML",
+    "completion": "print the completion of this command line for bash, zsh or fish",
 }
 """Name and summary of each command; its module in this package bears its name."""
 
@@ -130,11 +131,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and goes on
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        check_words(words)
-        args = build_parser(words).parse_args(words)
-        args.argv = words
-        with loading():
-            return int(args.run(args) or 0)
+        try:
+            check_words(words)
+            args = build_parser(words).parse_args(words)
+            args.argv = words
+            with loading():
+                return int(args.run(args) or 0)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone and a full disk are expected
     except TruelineError as error:
         print("\n".join(f"error: {line}" for line in error.lines()), file=sys.stderr)
         return 2
@@ -142,10 +146,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()  # whoever read it has gone
         return 0
     except OSError as error:  # a full disk, a folder that cannot be written
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        drop_output()
         return 2
+
+
+def drop_output() -> None:
+    """Keep Python from complaining at exit of output that cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

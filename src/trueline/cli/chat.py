@@ -18,7 +18,7 @@ from trueline.cli.options import (
     method_and_sampling,
 )
 from trueline.errors import ConfigError, DataError
-from trueline.methods import method_name, split_options
+from trueline.methods import split_options
 from trueline.types import check_seed
 
 EXAMPLES = """examples:
@@ -42,17 +42,14 @@ def run(args: argparse.Namespace) -> None:
     if args.n != 1:
         raise ConfigError("A chat has one answer a turn. Leave out `--n`.")
     check_system(args.system)
-    options = given(args)
     _, sampling = method_and_sampling(args)
-    name, own, _ = split_options(options)
+    name, own, _ = split_options(given(args))
 
-    from trueline.cli.conversation import Chat, note
-    from trueline.engine.decoding import Decoder
+    from trueline.cli.conversation import Chat
 
-    decoder = Decoder(load(args), share_prefixes=False, keep_turns=True)
-    chat = Chat(decoder, name, own, sampling, args.system, args.seed)
+    chat = Chat.of(load(args), name, own, sampling, args.system, args.seed)
     if sys.stdin.isatty():
-        note(f"{args.model}, {method_name(options)}. /help lists the commands.")
+        print(f"{args.model}, {name}. /help lists the commands.", file=sys.stderr)
     for line in lines():
         if not chat.handle(line):
             break

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from trueline.cli.compare import columns, compare, layout
 from trueline.cli.flow import Flow
 from trueline.cli.options import base_kind, method_options, parse_weighted
+from trueline.engine.decoding import Decoder
 from trueline.errors import ConfigError, DataError, TruelineError, suggestion
 from trueline.methods import METHODS, describe_method, find_method, make_method
 from trueline.settings.options import option_defaults, options_of
 from trueline.types import Message, Method, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from trueline.engine.decoding import Decoder
+    from trueline.models.load import LanguageModel
 
 HELP = """  /principle TEXT    follow this principle; without TEXT, none
   /ratio X           any option of the method or the sampling works like this one,
@@ -58,6 +59,11 @@ class Chat:
     seed: int = 0
     turns: list[Message] = dataclasses.field(default_factory=list)
     retries: int = 0
+
+    @classmethod
+    def of(cls, model: LanguageModel, *settings: Any) -> Chat:
+        """Begin a conversation with a model; what is computed of it is kept from turn to turn."""
+        return cls(Decoder(model, share_prefixes=False, keep_turns=True), *settings)
 
     def handle(self, line: str) -> bool:
         """Do what a line says; return whether to go on. Errors are printed."""
@@ -173,6 +179,8 @@ class Chat:
         """Answer the last question again, with another seed; no answer changes nothing."""
         question, before = self._last(), list(self.turns)
         self.turns, self.retries = self.turns[:-2], self.retries + 1
+        if self.sampling.greedy:
+            note("(greedy decoding says the same again; /temperature 0.7 draws another answer)")
         try:
             self.say(question)
         finally:
@@ -188,6 +196,7 @@ class Chat:
         """Write the conversation and its settings as one row of JSON into a new file."""
         if not name:
             raise ConfigError("Where to? /save FILE, a file that does not exist yet.")
+        self._last()
         row = {
             "messages": [*self._system(), *self.turns],
             "model": self.decoder.model.name,

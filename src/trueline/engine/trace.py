@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +25,7 @@ from trueline.engine.protocol import Step, Ticket
 from trueline.errors import DataError
 from trueline.methods import Plain
 from trueline.models.prompts import chat_of
+from trueline.records.style import shortened
 from trueline.types import (
     FinishReason,
     Message,
@@ -32,6 +33,7 @@ from trueline.types import (
     Request,
     SamplingParams,
     base_branches,
+    check_messages,
     first_tokens,
     rest_branch,
 )
@@ -40,6 +42,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+
+LONGEST_NAME = 32
+"""Characters of a system text in a prompt's name."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,19 @@ class Comparison:
     """Whether the adapter was on, if the model has one."""
     text: str
     finish_reason: FinishReason
+    added: str | None = None
+    """What the method added to the system text of the chat; none leaves the chat as it was."""
+    from_template: bool = False
+    """Whether the chat template put the system text there."""
+
+    @property
+    def name(self) -> str:
+        """What a reader calls this prompt: "plain prompt", `with "Be brief."`."""
+        if self.added is None:
+            name = "plain prompt"
+        else:
+            name = f"with “{shortened(' '.join(self.added.split()), LONGEST_NAME)}”"
+        return name if self.adapter else f"{name}, adapter off"
 
 
 @dataclass(frozen=True)
@@ -236,6 +255,7 @@ def record(
     """
     method = method or Plain()
     chat = chat_of(decoder.model, messages)
+    given = _system(check_messages(messages)) is not None
     prompts = method.prompts(chat)
     names: list[int | None] = list(range(len(prompts)))
     if not any(p == chat and k not in base_branches(method) for k, p in enumerate(prompts)):
@@ -259,18 +279,30 @@ def record(
     comparisons = []
     for ticket, name in zip(tickets[1:], names, strict=True):
         prompt = chat if name is None else prompts[name]
-        system = prompt[0]["content"] if prompt[0]["role"] == "system" else None
+        own, system = _system(chat), _system(prompt)
+        added = system.removeprefix(own or "").strip() if system and system != own else None
         adapter = name not in base_branches(method)
-        comparisons.append(Comparison(name, system, adapter, pieces[ticket], ends[ticket]))
+        filled = system is not None and added is None and not given
+        text, end = pieces[ticket], ends[ticket]
+        comparisons.append(Comparison(name, system, adapter, text, end, added, filled))
     return Recording(tokens, pieces[tickets[0]], ends[tickets[0]], comparisons)
 
 
+def _system(chat: Sequence[Message]) -> str | None:
+    return chat[0]["content"] if chat[0]["role"] == "system" else None
+
+
+def trace_lines(tokens: Iterable[TokenTrace]) -> Iterator[str]:
+    """Yield a line of JSON a token; numbers that are not finite become "inf" and "-inf"."""
+    for token in tokens:
+        row = _plain(dataclasses.asdict(token))
+        yield json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_jsonl(path: str | Path, tokens: Iterable[TokenTrace]) -> None:
-    """Write a token a line; numbers that are not finite become the strings "inf" and "-inf"."""
+    """Write a token a line, as `trace_lines` gives them."""
     with Path(path).open("w", encoding="utf-8") as file:
-        for token in tokens:
-            row = _plain(dataclasses.asdict(token))
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        file.writelines(trace_lines(tokens))
 
 
 def read_jsonl(path: str | Path) -> list[TokenTrace]:

@@ -75,12 +75,11 @@ def _token_view(token: TokenTrace, branches: Sequence[Comparison]) -> dict[str, 
     running = {b.branch: b for b in token.branches}
     by_branch = [running.get(k) for k in range(len(branches))]
     columns: list[dict[str, Any]] = [
-        {"label": "Combined", "branch": None, "alternatives": token.alternatives}
+        {"label": "under the method", "branch": None, "alternatives": token.alternatives}
     ]
     for k, branch in running.items():
-        system = branches[k].system or "no system text"
-        label = f"Branch {k}: {system}{'' if branches[k].adapter else ', adapter off'}"
-        columns.append({"label": label, "branch": branch, "alternatives": branch.alternatives})
+        label, rows = f"{branches[k].name}, alone", branch.alternatives
+        columns.append({"label": label, "branch": branch, "alternatives": rows})
     return {
         "text": token.text.replace("\n", "⏎\n"),
         "token": token.token,
@@ -91,6 +90,7 @@ def _token_view(token: TokenTrace, branches: Sequence[Comparison]) -> dict[str, 
         "branches": token.branches,
         "by_branch": by_branch,
         "columns": columns,
+        "first": branches[token.branches[0].branch].name,
         "heats": [round(heat(b.kl), 3) if b else 0 for b in by_branch],
     }
 
@@ -101,10 +101,10 @@ def visible(token: str) -> str:
 
 
 def draw_trace(tokens: Sequence[TokenTrace], title: str, labels: Sequence[str]) -> Figure:
-    """Return a figure: KL from the first branch, and the chosen token's probability everywhere.
+    """Return a figure: how far each token was moved, and the chosen token's probability everywhere.
 
-    `labels` name the branches. Tokens run along the x axis, `PER_ROW` in a row; flipped ones are
-    underlined.
+    `labels` name the branches. Tokens run along the x axis, `PER_ROW` in a row; those that the
+    first branch alone would not take are underlined.
     """
     need_matplotlib()
     from matplotlib import rc_context
@@ -119,9 +119,9 @@ def draw_trace(tokens: Sequence[TokenTrace], title: str, labels: Sequence[str]) 
         for i, row in enumerate(rows):
             _draw_kl(grid[2 * i], row, top)
             _draw_shares(grid[2 * i + 1], row, labels, legend=i == 0)
-        first = tokens[0].branches[0].branch
-        note = f"KL(combined ‖ branch {first}); dark: branch {first} alone takes another token"
-        grid[0].set_title(note, size=9, weight="normal", color=SOFT)
+        first = labels[tokens[0].branches[0].branch]
+        note = f"how far the method moved each token from: {first}; dark: that alone takes another"
+        grid[0].set_title(drawable(note), size=9, weight="normal", color=SOFT)
         figure.suptitle(
             shortened(drawable(" ".join(title.split())), 100), x=0.01, ha="left", weight="bold"
         )
@@ -135,7 +135,7 @@ def _draw_kl(axes: Axes, row: Sequence[TokenTrace], top: float) -> None:
     for i, token in enumerate(row):
         if token.kl >= 0.005:
             axes.text(i, heights[i], nats(token.kl), ha="center", va="bottom", fontsize=8)
-    axes.set(xlim=(-0.6, PER_ROW - 0.4), ylim=(0, top), ylabel="KL (nats)")
+    axes.set(xlim=(-0.6, PER_ROW - 0.4), ylim=(0, top), ylabel="moved (KL, nats)")
     axes.set_xticks([])
     axes.spines["bottom"].set_color(FAINT)
 
@@ -158,7 +158,7 @@ def _draw_shares(
         )  # fmt: skip
     chosen = [math.exp(token.logprob) for token in row]
     axes.scatter(
-        range(len(row)), chosen, s=60, color=INK, marker="_", label="combined", linewidth=2
+        range(len(row)), chosen, s=60, color=INK, marker="_", label="under the method", linewidth=2
     )
     axes.set(xlim=(-0.6, PER_ROW - 0.4), ylim=(-0.05, 1.08), ylabel="p(token)", yticks=[0, 0.5, 1])
     axes.set_xticks(range(len(row)), [_label(token) for token in row])

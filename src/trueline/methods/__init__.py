@@ -12,8 +12,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from trueline.errors import ConfigError, suggestion
+from trueline.errors import ConfigError, check_kind, suggestion
 from trueline.methods._custom import code_hash, load_class
+from trueline.methods._ops import with_system as with_system
 from trueline.methods.ada_cd import AdaCD
 from trueline.methods.blend import Blend
 from trueline.methods.contrast import Contrast
@@ -75,24 +76,32 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
     >>> make_method("self-cd", {"alpha": 1.5})
     """
+    check_kind("options", options, (Mapping, type(None)), "a mapping from names to values")
     cls, options = find_method(name), dict(options or {})
     known = option_defaults(cls)
     for option in options:
         if option not in known:
             others = [m for m, other in METHODS.items() if option in option_defaults(other)]
-            hint = f" It belongs to {', '.join(others)}." if others else suggestion(option, known)
+            hint = (
+                f" It belongs to {', '.join(others)}." if others else suggestion(str(option), known)
+            )
             raise ConfigError(f'Method "{name}" has no option `{option}`.{hint}')
     missing = [o for o, default in known.items() if default is REQUIRED and o not in options]
     if missing:
         raise ConfigError(f'Method "{name}" needs `{missing[0]}`.')
-    made: Method = cls(**options)
+    try:
+        made: Method = cls(**options)
+    except TypeError as error:  # a class of the user's own that takes other values
+        raise ConfigError(f'Method "{name}" cannot be made: {error}.') from error
     return made
 
 
 def method_name(given: Mapping[str, Any], default: str = "plain") -> str:
     """Return which method `given` asks for; a principle alone means Linear Alignment."""
     name = given.get("method")
-    return str(name or ("linear-alignment" if "principle" in given else default))
+    if name is None:
+        return "linear-alignment" if "principle" in given else default
+    return str(name)
 
 
 def split_options(

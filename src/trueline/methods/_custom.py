@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,9 @@ from typing import Any
 from trueline.errors import ConfigError, suggestion
 
 NEEDED = ("name", "prompts", "combine")
+FAILURES = (ImportError, OSError, ValueError, TypeError, NameError, AttributeError, LookupError,
+            ArithmeticError, AssertionError, RuntimeError)  # fmt: skip
+"""What running a file of the user's own can come to."""
 
 
 def load_class(name: str) -> type[Any]:
@@ -60,11 +64,14 @@ def _run_file(path: str, shown: str) -> ModuleType:
     sys.modules[spec.name] = module  # where dataclasses look for the names of annotations
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, OSError, ValueError) as error:
+    except SyntaxError as error:
         del sys.modules[spec.name]
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ConfigError(f"Cannot import {shown}{line}: {reason}.") from None
+        raise ConfigError(f"Cannot import {shown}:{error.lineno}: {error.msg}.") from None
+    except FAILURES as error:
+        del sys.modules[spec.name]
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f"{shown}:{lines[-1]}" if lines else shown
+        raise ConfigError(f"Cannot import {place}: {error}.") from None
     return module
 
 
@@ -78,7 +85,7 @@ def _import(name: str) -> ModuleType:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ImportError("that is no module's name")
         return importlib.import_module(name)
-    except (ImportError, ValueError) as error:
+    except (SyntaxError, *FAILURES) as error:
         raise ConfigError(
             f'Cannot import "{name}": {error}. For a file give FILE.py:Class.'
         ) from None

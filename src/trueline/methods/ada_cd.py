@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from trueline.errors import ConfigError, check_number
+from trueline.errors import check_number, check_text
 from trueline.methods._ops import STRONGEST, extrapolate, plausible, restrict, with_system
 from trueline.types import Message
 
@@ -67,8 +67,7 @@ class AdaCD:
         check_number("plausibility", self.plausibility, low=0, high=1, low_open=True)
         if self.first_tokens is not None:
             check_number("first_tokens", self.first_tokens, low=1, whole=True)
-        if not isinstance(self.refusing_prompt, str) or not self.refusing_prompt.strip():
-            raise ConfigError("`refusing_prompt` is empty. Leave it out for the paper's own.")
+        check_text("refusing_prompt", self.refusing_prompt, "Leave it out for the paper's own.")
 
     def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:
         """Return the prompt that asks for a refusal, and the prompt as it is."""

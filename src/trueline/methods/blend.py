@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from trueline.errors import ConfigError, check_number
+from trueline.errors import ConfigError, check_number, check_text
 from trueline.methods._ops import STRONGEST, nucleus, restrict, with_system
 from trueline.types import Message
 
@@ -61,8 +61,7 @@ class Blend:
         if not pairs:
             raise ConfigError("`principles` is empty. Give at least one (text, weight) pair.")
         for text, weight in pairs:
-            if not isinstance(text, str) or not text.strip():
-                raise ConfigError(f"A principle must be some text, got {text!r}.")
+            check_text("principles", text, "Each is a (text, weight) pair.")
             check_number(f"weight of {text!r}", weight, low=-STRONGEST, high=STRONGEST)
         check_number("candidates", self.candidates, low=0, high=1, low_open=True)
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from trueline.errors import ConfigError, check_number
+from trueline.errors import ConfigError, check_flag, check_number, check_text
 from trueline.methods._ops import STRONGEST, extrapolate, with_system
 from trueline.types import Message
 
@@ -56,10 +56,10 @@ class Contrast:
 
     def __post_init__(self) -> None:
         check_number("guidance", self.guidance, low=-STRONGEST, high=STRONGEST)
+        check_flag("base", self.base)
         for name in ("principle", "negative"):
-            text = getattr(self, name)
-            if text is not None and (not isinstance(text, str) or not text.strip()):
-                raise ConfigError(f"`{name}` is empty. Give it some text or leave it out.")
+            if getattr(self, name) is not None:
+                check_text(name, getattr(self, name), "Give it some text or leave it out.")
         if not (self.base or self.principle or self.negative):
             raise ConfigError("The two branches are equal. Give `principle`, `negative` or `base`.")
 

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from trueline.errors import ConfigError, check_number
+from trueline.errors import check_number, check_text
 from trueline.methods._ops import STRONGEST, extrapolate, nucleus, restrict, with_system
 from trueline.types import Message
 
@@ -73,8 +73,7 @@ class LinearAlignment:
     """Norm of the closed form's ball: above 1, `inf` allowed."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.principle, str) or not self.principle.strip():
-            raise ConfigError("`principle` is empty. State in words what the model is to follow.")
+        check_text("principle", self.principle, "State in words what the model is to follow.")
         check_number("ratio", self.ratio, low=-STRONGEST, high=STRONGEST)
         check_number("candidates", self.candidates, low=0, high=1, low_open=True)
         if self.epsilon is not None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from trueline.errors import check_text
 from trueline.methods._ops import with_system
 from trueline.types import Message
 
@@ -32,6 +33,10 @@ class Plain:
 
     principle: str | None = None
     """Text added to the system message; none leaves the prompt as it is."""
+
+    def __post_init__(self) -> None:
+        if self.principle is not None:
+            check_text("principle", self.principle, "Give it some text or leave it out.")
 
     def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:
         """Return the one prompt."""

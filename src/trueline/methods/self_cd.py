@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from trueline.errors import ConfigError, check_number
+from trueline.errors import check_number, check_text
 from trueline.methods._ops import STRONGEST, extrapolate, plausible, restrict, with_system
 from trueline.types import Message
 
@@ -66,8 +66,7 @@ class SelfCD:
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, low=-STRONGEST, high=STRONGEST)
-        if not isinstance(self.safety_prompt, str) or not self.safety_prompt.strip():
-            raise ConfigError("`safety_prompt` is empty. Leave it out for the paper's kind.")
+        check_text("safety_prompt", self.safety_prompt, "Leave it out for the paper's kind.")
         if self.plausibility is not None:
             check_number("plausibility", self.plausibility, low=0, high=1, low_open=True)
         if self.first_tokens is not None:

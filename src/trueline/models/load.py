@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from trueline.errors import ConfigError, ModelError
+from trueline.errors import ConfigError, ModelError, check_flag, check_kind
 from trueline.models.adapter import check_adapter, find_adapter, put_adapter
 from trueline.models.checkpoint import read_config, read_tokenizer, read_weights
 from trueline.models.device import check_dtype, find_device, find_dtype
@@ -153,6 +153,9 @@ def load_model(
     Raises `ConfigError` for an option that is out of range, `ModelError` for a name without a
     model, and for one that cannot be used.
     """
+    check_kind("revision", revision, (str, type(None)), "text")
+    check_flag("raw", raw)
+    check_flag("trust_remote_code", trust_remote_code)
     target = _checked(name, dtype, device, device_map, adapter, quantize, chat_template)
     tell = progress or LOADING.get() or (lambda *_: None)
     tell(f"loading {name}", 0, 1)
@@ -184,6 +187,8 @@ def _checked(
     chat_template: object,
 ) -> torch.device:
     """Return the device; raises `ConfigError` for an option that is out of range."""
+    check_kind("dtype", dtype, str, "text")
+    check_kind("device", device, str, "text")
     check_dtype(dtype)
     for option, value in {"name": name, "adapter": adapter, "chat_template": chat_template}.items():
         if not isinstance(value, (str, Path)) and (value is not None or option == "name"):
