@@ -15,6 +15,7 @@ from trueline.records.style import (
     GREEN,
     INK,
     ORANGE,
+    PALE,
     SOFT,
     STYLE,
     VIOLET,
@@ -130,7 +131,7 @@ def draw_trace(tokens: Sequence[TokenTrace], title: str, labels: Sequence[str]) 
 
 def _draw_kl(axes: Axes, row: Sequence[TokenTrace], top: float) -> None:
     heights = [min(token.kl, top) for token in row]
-    colours = [ORANGE if token.flipped else "#f2b48c" for token in row]
+    colours = [ORANGE if token.flipped else PALE for token in row]
     axes.bar(range(len(row)), heights, width=0.7, color=colours)
     for i, token in enumerate(row):
         if token.kl >= 0.005:

@@ -9,6 +9,7 @@ holds is written down, not even where a server repeats it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from trueline.errors import ConfigError, DataError, ModelError, check_number
+from trueline.records.disk import make_folder
+from trueline.records.lines import LineFile, append_row
 from trueline.types import Message
 
 LONGEST_WAIT = 60.0
@@ -235,8 +238,7 @@ class Endpoint:
             used.completion_tokens += tokens[1]
             used.cost = self._cost(used.prompt_tokens, used.completion_tokens)
             if self.cache is not None:
-                with open(self.cache, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(Path(self.cache), row)
 
 
 def redacted(url: str) -> str:
@@ -278,20 +280,16 @@ def read_cache(path: Path) -> dict[str, dict[str, Any]]:
     A last line that a killed run left unfinished is cut off the file.
     """
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
     rows: dict[str, dict[str, Any]] = {}
-    for line, raw in enumerate(whole.splitlines(), 1):
-        try:
-            row = json.loads(raw)
-            rows[row["key"]] = {"answer": row["answer"], **row}
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}:{line}: not a line of a judge's cache. Delete it.") from None
+    end = 0
+    with contextlib.closing(LineFile(path)) as file:
+        for line, place, row in file.rows():
+            if not isinstance(row.get("key"), str) or not isinstance(row.get("answer"), str):
+                raise DataError(f"{path}:{line}: not a line of a judge's cache. Delete it.")
+            rows[row["key"]], end = row, place
+        file.cut(end)
     return rows
 
 

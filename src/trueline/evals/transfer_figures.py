@@ -15,14 +15,12 @@ from numpy.typing import ArrayLike
 from trueline.errors import DataError
 from trueline.evals.statistics import Estimate
 from trueline.records.style import (
-    BLUE,
+    COLOURS,
     FAINT,
-    GREEN,
     INK,
     ORANGE,
     SOFT,
     STYLE,
-    VIOLET,
     need_matplotlib,
 )
 
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
-COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#b5407a", "#8a6d1a", "#2f2f35", SOFT)
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 

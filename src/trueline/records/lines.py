@@ -211,6 +211,12 @@ class LineFile:
         return end
 
 
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a file whose last line is whole; the file is open for this row alone."""
+    with naming(path), open_appended(path) as file:
+        file.write((dump(row) + "\n").encode("utf-8", "surrogatepass"))
+
+
 class Rows:
     """A JSONL file of rows in batches, each row with its `key` and its `index` under the key.
 

@@ -11,6 +11,10 @@ from trueline.errors import ConfigError
 
 BLUE, ORANGE, GREEN, VIOLET = "#2563b0", "#d9580d", "#1a8a72", "#7b4fb5"
 INK, SOFT, FAINT = "#1c1f24", "#6b7280", "#dfe2e7"
+PALE = "#f2b48c"
+"""A weak orange."""
+COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#b5407a", "#8a6d1a", "#2f2f35", SOFT)
+"""Of lines side by side, in this order."""
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
