@@ -116,13 +116,13 @@ def test_old_samples_are_corrected_to_fresh_ones(name):
 
 
 def test_weights_are_clipped():
-    reward, old = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-3.0, -0.5]])
+    reward, old = torch.tensor([[-2.0, -1.0]]), torch.tensor([[-3.0, -0.5]])
     policy = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     zero = torch.zeros(1, 2)
     mask, options = torch.ones(1, 2), {"beta": 1.0, "old_logprobs": old, "clip": 0.2}
     value, _ = inverse_q.imitation_loss(policy, reward, zero, mask, **options)
-    # weights e^2 -> 1.2 and e^-1.5 -> 0.8; distances 0 and -1
-    assert value.item() == pytest.approx((1.2 * 0 + 0.8 * 1) / 2)
+    # weights e^2 -> 1.2 and e^-1.5 -> 0.8; distances 1 and -1
+    assert value.item() == pytest.approx((1.2 * 1 + 0.8 * 1) / 2)
     policy = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     better = torch.tensor([[1.0, -1.0]])
     value, _ = inverse_q.advantage_loss(policy, better, zero, mask, **options)

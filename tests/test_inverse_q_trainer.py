@@ -25,14 +25,14 @@ from trueline import (
     load_model,
 )
 from trueline.errors import ConfigError, DataError
-from trueline.models.packed import merged_products
+from trueline.models.packed import PackedProduct, merged_products
 from trueline.models.prompts import encode
 from trueline.types import Request
 
 peft = pytest.importorskip("peft")
 
 from trueline.train.distil.policies import policies, rules_out, teacher_effect  # noqa: E402
-from trueline.train.distil.sampling import Plan, seed_of  # noqa: E402
+from trueline.train.distil.sampling import Plan, own_answers, seed_of  # noqa: E402
 from trueline.train.distil.teachers import TEACHERS, make_teacher, teacher_of  # noqa: E402
 from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer  # noqa: E402
 
@@ -636,6 +636,46 @@ def test_the_reference_stays_where_it_was(tmp_path):
             assert not torch.equal(trainer.model(ids).logits, start)
 
 
+def test_dropout_is_off_in_the_reference_and_in_what_is_sampled(tmp_path):
+    """Even where it is on in the loss: the answers are the policy's, the rewards the start's."""
+    trainer = trainer_of(
+        tmp_path, disable_dropout=False, lora=False, model=with_dropout(), learning_rate=0.0,
+        loss="imitation", guided=0.5, max_steps=1, fast_sampling=False,
+    )  # fmt: skip
+    trainer.model.train()
+    ids = torch.tensor([[9, 8, 7, 30]])
+    with torch.no_grad():
+        assert not torch.equal(trainer.model(ids).logits, trainer.model(ids).logits)
+        with trainer.reference.opened() as start:
+            assert torch.equal(start.model(ids).logits, start.model(ids).logits)
+    adapted = peft.get_peft_model(with_dropout(), peft.LoraConfig(**LORA, fan_in_fan_out=True))
+    under = trainer_of(
+        tmp_path, disable_dropout=False, lora=False, model=adapted, learning_rate=0.0,
+        loss="imitation", guided=0.0, max_steps=1,
+    )  # fmt: skip
+    under.model.train()
+    with torch.no_grad(), under.reference.opened() as start:
+        assert torch.equal(start.model(ids).logits, start.model(ids).logits)
+    assert under.model.training
+    drawn = watched(under)
+    under.train()
+    for lesson, answer in zip(drawn[0].lessons, drawn[0].answers, strict=True):
+        i = drawn[0].lessons.index(lesson)
+        seed = seed_of("student", 0, i, under.args.seed, 1, 0)
+        under.model.eval()
+        plain = own_answers(under.student, [lesson], SamplingParams(6, 1.0), [seed])
+        assert plain == [answer]
+
+
+def with_dropout():
+    """A model whose every forward in training differs."""
+    model = random_model("gpt2")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    return model
+
+
 def test_a_frozen_part_of_an_adapter_stays_frozen(tmp_path):
     """PEFT would give all of an adapter a gradient once it was off and on again."""
     trainer = trainer_of(tmp_path, max_steps=2, learning_rate=1e-2)
@@ -664,6 +704,11 @@ def test_fast_sampling_draws_the_same_and_leaves_no_trace(tmp_path):
     ids = torch.tensor([[9, 8, 7, 30]])
     with torch.no_grad():
         before = model(ids).logits
+        with merged_products(model, 1) as changed:  # too few rows for packed weights
+            assert changed > 0
+            torch.testing.assert_close(model(ids).logits, before, atol=1e-4, rtol=1e-4)
+            products = [m.forward for m in model.modules() if "forward" in vars(m)]
+            assert not any(isinstance(product, PackedProduct) for product in products)
         with merged_products(model) as changed:
             assert changed > 0
             torch.testing.assert_close(model(ids).logits, before, atol=1e-4, rtol=1e-4)

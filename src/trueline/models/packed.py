@@ -51,8 +51,11 @@ def pack_weights(model: nn.Module, *, force: bool = False) -> int:
 
 
 @contextlib.contextmanager
-def merged_products(model: nn.Module) -> Iterator[int]:
+def merged_products(model: nn.Module, rows: int | None = None) -> Iterator[int]:
     """Run each float32 LoRA layer as one product and pack what gains; yield how many changed.
+
+    `rows` is how many will be decoded together: for so few that torch's own product is faster
+    nothing is packed.
 
     For sampling between two steps of training. The weights themselves are not touched, so they are
     bit for bit the same afterwards. Copies last as long as the context, and are not made if they
@@ -63,7 +66,8 @@ def merged_products(model: nn.Module) -> Iterator[int]:
     inside = {id(layer.base_layer) for layer in layers}
     linear: list[Any] = [m for m in model.modules() if type(m) is nn.Linear]
     others = [m for m in linear if id(m) not in inside and "forward" not in vars(m)]
-    others = [m for m in others if _gains(m.weight)]
+    few = rows is not None and rows < MIN_ROWS[torch.float32]
+    others = [m for m in others if _gains(m.weight) and not few]
     weights = [layer.base_layer.weight for layer in layers] + [m.weight for m in others]
     changed: list[Any] = [*layers, *others]
     if sum(w.nbytes for w in weights) > MAX_BYTES:
@@ -71,7 +75,7 @@ def merged_products(model: nn.Module) -> Iterator[int]:
     try:
         for module in changed:
             packed = type(module) is nn.Linear
-            module.forward = PackedProduct(module) if packed else _merged(module)
+            module.forward = PackedProduct(module) if packed else _merged(module, few)
         yield len(changed)
     finally:
         for module in changed:
@@ -93,7 +97,7 @@ def _mergeable(layer: Any) -> bool:
     )
 
 
-def _merged(layer: Any) -> Any:
+def _merged(layer: Any, few: bool) -> Any:
     """Return the product of a LoRA layer, its adapter added to a copy of the weights."""
     base = layer.base_layer
     with torch.no_grad():
@@ -101,7 +105,7 @@ def _merged(layer: Any) -> Any:
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
                 weight = weight + layer.get_delta_weight(adapter)
-    if not _gains(weight):
+    if few or not _gains(weight):
         return lambda x: nn.functional.linear(x, weight, base.bias)
     module = nn.Linear(1, 1, bias=False, device="meta")
     module.weight, module.bias = nn.Parameter(weight, requires_grad=False), base.bias

@@ -249,12 +249,13 @@ class InverseQTrainer(Trainer):
         return Samples(lessons, [answer for _, answer in guided] + own, measured)
 
     def _own(self, lessons: list[Lesson], seeds: list[int]) -> list[list[int]]:
-        with evaluating(self.model), self._fast(self.model):
+        with evaluating(self.model), self._fast(self.model, len(lessons)):
             return own_answers(self.student, lessons, self._sampling, seeds)
 
     def _teach(self, rows: list[Row], seeds: list[int]) -> Taught:
         lessons = [self._lesson(row) for row in rows]
-        with self.reference.opened() as start, self._fast(start.model):
+        count = sum(len(lesson.branches) for lesson in lessons)
+        with self.reference.opened() as start, self._fast(start.model, count):
             answers = taught_answers(self.teacher, start, lessons, self._sampling, seeds)
         return list(zip(lessons, answers, strict=True))
 
@@ -262,12 +263,12 @@ class InverseQTrainer(Trainer):
     def _sampling(self) -> SamplingParams:
         return SamplingParams(self.args.max_completion_length, self.args.temperature)
 
-    def _fast(self, model: Any) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which a model samples fastest."""
+    def _fast(self, model: Any, rows: int | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which a model samples so many rows fastest."""
         mixed = self.args.bf16 or self.args.fp16
         if mixed or not self.args.fast_sampling:
             return contextlib.nullcontext()
-        return merged_products(model)
+        return merged_products(model, rows)
 
     # The loss.
 
