@@ -189,7 +189,9 @@ def test_what_cannot_be_meant_is_refused(given, said):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"finished": true, "adapters": 3}',
-                                     '{"finished": true, "adapters": ["gone"]}', "{}"])  # fmt: skip
+                                     '{"finished": true, "adapters": ["gone"]}', "{}",
+                                     '{"finished": true, "adapters": ["a"], "tasks": 3}',
+                                     ])  # fmt: skip
 def test_the_scores_of_a_stream_may_be_anything(content, tmp_path):
     (tmp_path / "R.json").write_text(content)
     with pytest.raises(ConfigError):

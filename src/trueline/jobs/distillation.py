@@ -12,6 +12,7 @@ under `stages/`, and their sum as one LoRA.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ from trueline.errors import ConfigError, DataError, ModelError, check_number
 from trueline.evals.judging import JudgeConfig
 from trueline.jobs.distilled_card import use_note, write_card
 from trueline.methods import METHODS
+from trueline.models.adapter import MAX_RANK
+from trueline.models.device import MAX_THREADS
 from trueline.models.load import LanguageModel
 from trueline.models.source import ModelConfig
 from trueline.records.disk import saving
@@ -125,11 +128,11 @@ class DistilConfig:
         return build(cls, {k: v for k, v in settings.items() if k in own} | {"training": training})
 
     def __post_init__(self) -> None:
-        check_number("lora.rank", self.lora.rank, low=1, whole=True)
+        check_number("lora.rank", self.lora.rank, low=1, high=MAX_RANK, whole=True)
         check_number("lora.dropout", self.lora.dropout, low=0, high=1, high_open=True)
-        for name in ("limit", "threads"):
+        for name, high in {"limit": math.inf, "threads": MAX_THREADS}.items():
             if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), low=1, whole=True)
+                check_number(name, getattr(self, name), low=1, high=high, whole=True)
         if not isinstance(self.prompts, (str, Path)):
             raise ConfigError('`prompts` is missing: a JSONL file, rows with a "prompt".')
         if self.full and self.quantize:

@@ -172,6 +172,9 @@ def _stream(name: str, folder: Path) -> dict[str, Any]:
             f'"{stream.get("strategy")}" has none, or one for each task that stands alone '
             f'("{name}/stages/*/adapter").'
         )
+    kinds = {"tasks": list, "measures": dict, "labels": list, "strategy": str}
+    if odd := [key for key, kind in kinds.items() if not isinstance(stream.get(key), kind)]:
+        raise ConfigError(f'"{folder / "R.json"}" has no `{odd[0]}` that a run writes.')
     if not all(isinstance(part, str) and (folder / part / CONFIG).is_file() for part in parts):
         raise ConfigError(f'The stream in "{name}" lacks adapters that its R.json names.')
     return stream

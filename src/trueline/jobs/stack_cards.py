@@ -44,7 +44,7 @@ def run_card(stream: Stream, config: StackConfig, results: StackResults, run: Ru
     about, settings, folder = results.about, run.settings, results.folder
     family = about["family"]
     words = [w for w in shlex.split(run.command) if w != "--resume"]
-    asked = {"prompt": stream.prompt.text(stream.tasks[0], "SENTENCE"), "chat": about["chat"]}
+    asked = {"prompt": about["asked"], "chat": about["chat"]}
     use = usage(family, config.model, "one", labels=about["labels"], **asked)
     return model_card(
         title=stream.title or folder.resolve().name,
@@ -94,7 +94,8 @@ def export_card(
 
     name, merged = done.folder.resolve().name, done.form == "merged"
     family = family_of_adapters(stack)
-    labels = streams[-1]["labels"] if streams else []
+    last = streams[-1] if streams else {}
+    labels = last.get("labels", [])
     rows = [
         [str(i), str(a.folder), str(max(a.rank_of(m) for m in a.modules)), a.weights_hash()]
         for i, a in enumerate(stack.adapters, 1)
@@ -119,6 +120,8 @@ def export_card(
             labels=labels,
             merged=merged,
             whole=done.tokenizer,
+            prompt=last.get("asked"),
+            chat=bool(last.get("chat")),
         ),
         notes=[str(done)],
         recipe={
@@ -204,7 +207,7 @@ def _asked(family: str, prompt: str | None, chat: bool) -> list[str]:
     else:
         lines += ['inputs = tokenizer(prompt, return_tensors="pt")']
     if family == "classifier":
-        return [*lines, "answer = labels[int(model(**inputs).logits.argmax())]"]
+        return [*lines, "answer = model.config.id2label[int(model(**inputs).logits.argmax())]"]
     lines += ["written = model.generate(**inputs, do_sample=False, max_new_tokens=16)[0]"]
     if family == "causal":
         lines += ['written = written[inputs["input_ids"].shape[1] :]']

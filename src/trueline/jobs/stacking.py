@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from trueline.errors import ConfigError, check_number
 from trueline.evals.transfer import summary, trained
 from trueline.jobs.stack_cards import run_card
+from trueline.models.device import MAX_THREADS
 from trueline.models.places import BUNDLED
 from trueline.records.hashes import versions
 from trueline.records.lines import plain
@@ -76,7 +77,7 @@ class StackConfig(StreamConfig):
             raise ConfigError("`--tasks FILE` is missing: a TOML file that names the tasks.")
         make_keep(self.keep, **self.options)
         if self.threads is not None:
-            check_number("threads", self.threads, low=1, whole=True)
+            check_number("threads", self.threads, low=1, high=MAX_THREADS, whole=True)
 
     def training(self) -> StreamConfig:
         """Return what decides how each task is trained and measured."""
@@ -260,6 +261,7 @@ def results_of(
         part, before = trained(part), before[:done]
     family = stages.family
     about = {"family": family.name, "chat": family.chat, "labels": list(family.union)}
+    about["asked"] = stages.prompt.text(stages.tasks[0], "SENTENCE")
     about |= {key: getattr(config, key) for key in ("seed", "scoring", "evaluate_on")}
     folders = [link.folder for link in links(stages.names, folder / "stages")][:done]
     return StackResults(

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MAX_RANK = 8192
+"""A LoRA that is trained has no higher rank; the widest layers of large models have no more."""
 LORA = re.compile(r"(.*)\.lora_(A|B)\.weight")
 
 

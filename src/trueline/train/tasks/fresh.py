@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import set_seed
 from trueline.models.checkpoint import load_as_saved, read_config
 from trueline.models.load import load_model
 from trueline.models.places import find_model
+from trueline.records.hashes import folder_hash
 from trueline.train.tasks.task import Task, union_of_labels
 
 Factory = Callable[[], tuple[Any, Any]]
@@ -62,7 +64,7 @@ class Fresh:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, self.tokenizer = factory()
         size = sum(p.nbytes for p in model.parameters())
-        self.hash = _weights_hash(model) if size <= 4 * SMALL else str(model.config._name_or_path)
+        self.hash = base_hash(model)
         self.first: Any = model
         self.kept = model if size <= SMALL else None
 
@@ -76,7 +78,16 @@ class Fresh:
         return model.to(self.device)
 
 
-def _weights_hash(model: Any) -> str:
+def base_hash(model: Any) -> str:
+    """Return what tells a base from others, whatever dtype it was loaded in.
+
+    A hash of its files, the hub's commit, or for a model made in memory a hash of its weights.
+    """
+    folder = Path(getattr(model.config, "_name_or_path", "") or "?")
+    if (folder / "config.json").is_file():
+        return folder_hash(folder)
+    if commit := getattr(model.config, "_commit_hash", None):
+        return f"commit {commit}"
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         total.update(name.encode())

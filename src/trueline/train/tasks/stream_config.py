@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trueline.errors import ConfigError, check_number, suggestion
+from trueline.models.adapter import MAX_RANK
 
 SCORINGS = ("offered", "union", "generated")
 """Candidates of an answer, see `trueline.train.tasks.families`."""
@@ -70,9 +71,10 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         whole: dict[str, Any] = {"low": 1, "whole": True}
-        for name in ("rank", "batch_size", "gradient_accumulation", "max_length",
+        for name in ("batch_size", "gradient_accumulation", "max_length",
                      "evaluate_batch_size", "save_steps", "logging_steps"):  # fmt: skip
             check_number(name, getattr(self, name), **whole)
+        check_number("rank", self.rank, low=1, high=MAX_RANK, whole=True)
         for name in ("limit", "evaluate_limit"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), **whole)
