@@ -281,7 +281,7 @@ def test_a_report_of_two_runs(swept, tmp_path, capsys):
         (("refusal", "--ratio", "1"), "has no option `ratio`"),
         (("refusal", "--model", "gpt2"), "needs --safe FILE and --unsafe FILE"),
         (("refusal", "--floor", "97"), "`floor` must be a finite number in [0, 1]"),
-        (("refusal", "--n", "2"), "one completion a prompt"),
+        (("refusal", "--n", "2", "--temperature", "1"), "one completion a prompt"),
         (("refusal", "--limit", "0"), "`limit` must be"),
         (("refusal", "--judge", "model"), "--judge-url URL"),
         (("refusal", "--safe", "no.jsonl"), "no.jsonl"),

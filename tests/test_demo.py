@@ -9,8 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from trueline import AdaCD, Completion, ConfigError, DataError, Decoder, LinearAlignment, SelfCD
-from trueline.cli.demo import cell
-from trueline.jobs.demo import (
+from trueline.jobs.demo_counts import (
     ALPHAS,
     PAIRS,
     RATIOS,
@@ -26,6 +25,7 @@ from trueline.jobs.demo import (
     measure_adherence,
     measure_refusal,
 )
+from trueline.jobs.demonstration import DemoConfig, cell, demonstrate
 
 HELD_OUT = HeldOut(
     principles=(
@@ -204,3 +204,24 @@ def test_on_a_real_decoder(llama):
 def test_cells_hold_any_text():
     assert cell("a|b\nc *d* <i>") == r"a\|b c \*d\* \<i\>"
     assert cell("") == " "
+
+
+def test_the_job_writes_every_answer_and_keeps_what_others_wrote(tmp_path):
+    seen = []
+    config = DemoConfig(limit=2)
+    found = demonstrate(config, tmp_path / "demo", progress=lambda *told: seen.append(told))
+    assert seen[-1] == ("answers", found.answers, found.answers)
+    assert [done for _, done, _ in seen] == list(range(found.answers + 1))
+    names = {p.name for p in (tmp_path / "demo").iterdir() if not p.name.startswith(".")}
+    assert names == {"manifest.json", "report.md", "results.json", "demo.png"}
+    written = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert written["adherence"] == json.loads(json.dumps([asdict(r) for r in found.adherence]))
+    assert (
+        f"n = {found.adherence[0].followed.n} pairs"
+        in (tmp_path / "demo" / "report.md").read_text()
+    )
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "report.md").write_text("mine")
+    with pytest.raises(ConfigError, match="holds no run but"):
+        demonstrate(config, tmp_path / "own")
+    assert (tmp_path / "own" / "report.md").read_text() == "mine"

@@ -149,7 +149,7 @@ def test_win_rates_and_agreement_from_lists(tmp_path):
         ({"metric": "adherence", "absent": True}, "--absent"),
         ({"by": "logprob"}, "--questions"),
         ({"system": " "}, "`system` must be"),
-        ({"sampling": SamplingParams(n=2)}, "one completion"),
+        ({"sampling": SamplingParams(n=2, temperature=1)}, "one completion"),
         ({"model": 5}, "`model` must be"),
     ],
 )  # fmt: skip
@@ -494,3 +494,31 @@ def test_a_picture_is_no_link_and_is_one(tmp_path):
     (folder / "plot.png").unlink()
     (folder / "plot.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
     assert picture_of(folder) == folder / "plot.png"
+
+
+def test_a_pictures_title_covers_no_subtitle_and_ends_in_the_picture():
+    from matplotlib import rc_context
+
+    from trueline.evals.pictures import draw_frontier, draw_grid
+    from trueline.records.style import STYLE
+
+    measure = {"value": 0.5, "low": 0.4, "high": 0.6}
+    point = {
+        "label": "alpha=1",
+        "baseline": False,
+        "settings": {"alpha": 1.0},
+        "measures": {"over_refusal": measure, "harmful_refusal": measure},
+        "quality": {"perplexity": 2.0},
+    }
+    title = "Refusal: self-cd on /a/very/long/path/to/the/folder/of/a/model/with-a-long-name-7b"
+    with rc_context(STYLE):
+        figure = draw_frontier([point], title, None, 0.97)
+        figure.draw_without_rendering()
+        axes, renderer = figure.axes[0], figure._get_renderer()
+        shown = axes._left_title.get_window_extent(renderer)
+        note = next(t for t in axes.texts if "intervals" in t.get_text())
+        assert not shown.overlaps(note.get_window_extent(renderer))
+        assert shown.x1 < figure.bbox.x1
+        grid = draw_grid([point], title)
+        grid.draw_without_rendering()
+        assert grid._suptitle.get_window_extent(grid._get_renderer()).x1 < grid.bbox.x1

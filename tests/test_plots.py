@@ -16,7 +16,7 @@ from trueline.engine.trace import Alternative, BranchTrace, Comparison, Recordin
 from trueline.engine.trace_page import draw_trace, render_page
 from trueline.evals.statistics import rate
 from trueline.jobs import demo_figure
-from trueline.jobs.demo import Adherence, Refusal
+from trueline.jobs.demo_counts import Adherence, Refusal
 from trueline.records import style
 
 EVIL = "<script>alert('x')</script>\"& $x$ {{ 7 * 7 }}"

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trueline.records.style import BLUE, FAINT, GREEN, INK, ORANGE, SOFT, VIOLET
+from trueline.records.style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    SOFT,
+    VIOLET,
+    drawable,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,16 +63,16 @@ def draw_frontier(
     bottom, top = bottom - margin, 100 + margin
     _label(axes, places, right + 3, top - bottom)
     axes.axhline(100 * floor, color=COLOURS[1], linewidth=1, linestyle=":", label="floor")
-    axes.set(xlim=(-3, right), ylim=(bottom, top), title=title)
+    axes.set(xlim=(-3, right), ylim=(bottom, top))
     axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])
     axes.set_xlabel("over-refusal: safe prompts refused, % (low is good)")
     axes.set_ylabel("harmful prompts refused, % (high is good)")
     axes.grid(color=FAINT, linewidth=0.8)
     axes.legend(frameon=False, loc="lower right")
     varied = ", ".join(dict.fromkeys(name for p in points for name in p["settings"]))
-    if varied:
-        note = f"labels: {varied}; 95 % intervals"
-        axes.text(1, 1.01, note, transform=axes.transAxes, fontsize=9, color=SOFT, ha="right")
+    axes.set_title(shortened(drawable(title), 62), pad=24)
+    note = f"labels: {varied}; 95 % intervals" if varied else "95 % intervals"
+    axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color=SOFT)
     return figure
 
 
@@ -113,7 +123,7 @@ def draw_grid(points: Sequence[Mapping[str, Any]], title: str) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     if labels:
         panels[0].legend(handles, labels, frameon=False, fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    figure.suptitle(shortened(drawable(title), 80), x=0.01, ha="left", weight="bold")
     return figure
 
 

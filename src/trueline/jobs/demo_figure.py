@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from trueline.evals.statistics import Estimate
-    from trueline.jobs.demo import Adherence, Refusal
+    from trueline.jobs.demo_counts import Adherence, Refusal
 
 
 def draw_demo(adherence: Sequence[Adherence], refusal: Sequence[Refusal]) -> Figure:

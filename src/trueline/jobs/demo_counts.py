@@ -1,4 +1,4 @@
-"""The demonstration: two measurements on the bundled model, as functions that return numbers.
+"""Counts of the demonstration: two measurements on the bundled model, as numbers.
 
 `measure_adherence` asks held-out questions under held-out principles and counts answers that follow
 the principle and answers that still hold the fact. `measure_refusal` counts refusals of harmless
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueline.errors import DataError, check_number
+from trueline.evals import items
 from trueline.evals.statistics import Estimate, rate
 from trueline.methods import AdaCD, LinearAlignment, Plain, SelfCD
 from trueline.methods.self_cd import SAFETY_PROMPT
@@ -122,20 +123,9 @@ def load_held_out(path: str | Path) -> HeldOut:
 def choose_pairs(
     held_out: HeldOut, limit: int | None, seed: int
 ) -> list[tuple[Principle, Question]]:
-    """Return distinct pairs, every principle and every question as often as any other.
-
-    The seed shuffles both; round r then puts question i + r to principle i.
-    """
-    rng = random.Random(seed)
-    principles, questions = list(held_out.principles), list(held_out.questions)
-    rng.shuffle(principles)
-    rng.shuffle(questions)
-    count = min(PAIRS if limit is None else limit, len(principles) * len(questions))
-    pairs = []
-    for j in range(count):
-        turn, i = divmod(j, len(principles))
-        pairs.append((principles[i], questions[(i + turn) % len(questions)]))
-    return pairs
+    """Return distinct pairs, every principle and every question as often as any other."""
+    count = PAIRS if limit is None else limit
+    return items.choose_pairs(held_out.principles, held_out.questions, count, seed)
 
 
 def choose_requests(requests: Sequence[str], limit: int | None, seed: int) -> list[str]:
