@@ -34,6 +34,7 @@ def listen(model: LanguageModel, config: ServeConfig, host: str, port: int) -> N
     own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         own.bind((host, port))
+        own.listen(2048)  # who comes before the first turn of the loop waits
     except OSError as error:
         raise ConfigError(f"Cannot listen at {host}:{port}: {error.strerror or error}.") from None
     shown = f"[{host}]" if ":" in host else host
