@@ -198,6 +198,12 @@ def test_overwrite_waits_for_nobody_and_removes_nothing_that_is_held(rows, tmp_p
     assert generate_file(config, out, overwrite=True).rows == 5
 
 
+def test_the_job_is_public():
+    import trueline
+
+    assert (trueline.generate_file, trueline.PromptFileConfig) == (generate_file, PromptFileConfig)
+
+
 def test_bad_rows_are_named_by_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": ""}\n' * 30)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         measure_win_rate,
     )
     from trueline.jobs.measurement import MeasureConfig, measure
+    from trueline.jobs.prompt_files import generate_file
     from trueline.jobs.reports import ReportConfig, report
+    from trueline.jobs.row_plan import PromptFileConfig
     from trueline.jobs.sessions import MeasureResults
     from trueline.jobs.sweeps import SweepConfig, sweep
     from trueline.methods import METHODS, make_method
@@ -51,7 +53,9 @@ _HOMES = {
         *("AgreementConfig", "WinRateConfig", "measure_agreement", "measure_win_rate"),
     ),
     "trueline.jobs.measurement": ("MeasureConfig", "measure"),
+    "trueline.jobs.prompt_files": ("generate_file",),
     "trueline.jobs.reports": ("ReportConfig", "report"),
+    "trueline.jobs.row_plan": ("PromptFileConfig",),
     "trueline.jobs.sessions": ("MeasureResults",),
     "trueline.jobs.sweeps": ("SweepConfig", "sweep"),
     "trueline.models.source": ("ModelConfig",),

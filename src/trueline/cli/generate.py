@@ -36,7 +36,8 @@ EXAMPLES = """examples:
 
 A row of the input has "prompt" (text) or "messages" (a list), and may have "id", "system",
 "principle" and "seed"; an output row is the input row with the completion's fields added. The same
-command goes on where a killed run stopped.
+command goes on where a killed run stopped. OUTPUT.run.json says what the rows belong to, with
+hashes of the weights, the adapter, the chat template and the prompts; another run is refused.
 """
 
 
