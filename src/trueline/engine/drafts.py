@@ -13,7 +13,14 @@ from trueline.engine.sampling import penalise_repetition, sample, uniforms
 from trueline.errors import ModelError
 from trueline.models.detokenizer import Detokenizer
 from trueline.models.load import LanguageModel
-from trueline.types import FinishReason, Method, combine_at, first_tokens, rest_branch
+from trueline.types import (
+    FinishReason,
+    Method,
+    SamplingParams,
+    combine_at,
+    first_tokens,
+    rest_branch,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,13 +102,13 @@ class Group:
 
 
 def groups_of(rows: Rows) -> list[Group]:
-    """Gather live completions by method, number of live branches and sampling settings."""
+    """Gather live completions by method, number of live branches and how tokens are chosen."""
     groups: dict[Any, Group] = {}
     for row, (draft, branch) in enumerate(rows):
         if not draft.runs(branch):
             continue
         prompt = draft.ticket.prompt
-        key = (_identity(prompt.method), len(draft.branches), prompt.sampling)
+        key = (_identity(prompt.method), len(draft.branches), _choice(prompt.sampling))
         group = groups.setdefault(key, Group())
         group.rows.append(row)
         if branch == draft.branches[0]:
@@ -116,6 +123,12 @@ def _identity(method: Method) -> Hashable:
     except TypeError:
         return id(method)
     return cast(Hashable, method)
+
+
+def _choice(params: SamplingParams) -> tuple[object, ...]:
+    """Return the settings that one choice of a token depends on."""
+    filters = (params.top_k, params.top_p, params.min_p)
+    return (params.temperature, *filters, params.repetition_penalty, params.logprobs)
 
 
 def choose(model: LanguageModel, drafts: Sequence[Draft], logits: Tensor) -> list[Step]:
