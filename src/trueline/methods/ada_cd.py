@@ -19,7 +19,8 @@ refusal is real and is strengthened; elsewhere it is taken away.
 After `first_tokens` tokens the plain branch goes on alone.
 
 Differs from the paper: read from the authors' code; the text may say more.
-Differs from the authors' code: sampling is possible; equal logits share the better rank.
+Differs from the authors' code: sampling is possible; equal logits share the better rank; the
+    contrast is taken in float32, there in the model's dtype.
 """
 
 from __future__ import annotations

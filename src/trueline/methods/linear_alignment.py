@@ -21,9 +21,14 @@ Differs from the paper: its norm and estimator constants are not given, so `norm
     taken with mean zero over the vocabulary, as any gradient through a softmax has; without that
     step the closed form would depend on an arbitrary constant in the logits.
 Differs from the authors' code: the principle joins the caller's own system message instead of a
-    fixed helpful-assistant sentence. When no candidate has any mass the code falls back to the
-    principled branch; here masses are compared as logits and cannot vanish. Greedy decoding sees
-    the candidates at temperature 1.
+    fixed helpful-assistant sentence. When no candidate has any mass, sampling in the code falls
+    back to the principled branch and greedy decoding gives token 0; here masses are compared as
+    logits and cannot vanish. Greedy decoding here sees the candidates at temperature 1, there at
+    the scripts' 0.5. Its `demo.py` has no mask, and the `--topp` of its scripts is never read: the
+    candidates are always 0.8. The personal-preference form here words question and principle
+    otherwise, prefills no "Answer:", and asks for every user instead of one.
+To repeat its scripts exactly: `temperature=0.5, top_k=1`, which is greedy with the candidates and
+    the closed form at temperature 0.5.
 """
 
 from __future__ import annotations

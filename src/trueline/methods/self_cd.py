@@ -16,7 +16,9 @@ It is Linear Alignment with ratio = -alpha and no candidates mask.
 
 Differs from the paper: nothing known. `plausibility` and `first_tokens` are options of later work
     (see `ada_cd`), off by default.
-Differs from the authors' code: both branches keep a cache; the safety prompt is an option.
+Differs from the authors' code: both branches keep a cache; the safety prompt is an option and a
+    system message, where the code puts its text into the user's turn; answers there have up to 200
+    tokens, here `max_new_tokens` (128 by default).
 Known weakness: a large alpha also lowers refusals of truly unsafe requests. Plot the frontier.
 """
 
