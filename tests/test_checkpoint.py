@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from trueline import ConfigError, LanguageModel, ModelError, generate, load_model
 from trueline.models import hub
-from trueline.models.adapter import add_lora
+from trueline.models.adapter import add_lora, check_targets
 from trueline.models.checkpoint import load_as_saved, read_config
 from trueline.models.places import find_model
 
@@ -321,6 +321,16 @@ def test_a_fresh_adapter_needs_modules_and_a_rank_that_fits():
         add_lora(made, LoraConfig(r=4, target_modules=["nowhere"]))
     with pytest.raises(ConfigError, match="rank must be from 1 to 261"):
         add_lora(made, LoraConfig(r=999_999_999, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "nowhere"], "nowhere", ["proj"]])
+def test_a_target_that_no_module_has_is_named(targets):
+    check_targets(made := random_model("llama"), ["q_proj", "mlp.up_proj"])
+    check_targets(made, r".*\.(q|v)_proj")
+    with pytest.raises(ConfigError, match=r'no module "(nowhere|proj)"'):
+        check_targets(made, targets)
+    with pytest.raises(ConfigError, match="is no pattern"):
+        check_targets(made, "(")
 
 
 @pytest.mark.parametrize("name", ["meta", "xpu", "vulkan", "hpu", "cuda:99", "cpu:x", ""])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +230,28 @@ def add_lora(model: Any, config: Any) -> Any:
             f'No adapter for `target_modules` "{shown}": {one_line(error)} Linear modules of this '
             f'model: {", ".join(linear)}; or "all-linear".'
         ) from None
+
+
+def check_targets(model: Any, targets: Sequence[str] | str | None) -> None:
+    """Raise `ConfigError` if a name in `target_modules` is of no module of the model.
+
+    A list holds ends of names, a text is a pattern of whole names or "all-linear".
+    """
+    if targets is None or targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):
+        try:
+            odd = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        except re.error as error:
+            raise ConfigError(f'`target_modules` "{targets}" is no pattern: {error}.') from None
+    else:
+        odd = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if odd:
+        known = sorted({name.rpartition(".")[2] for name in names} - {""})
+        raise ConfigError(
+            f'The model has no module "{odd[0]}" (`target_modules`).{suggestion(odd[0], known)}'
+        )
 
 
 def trained_on(config: Mapping[str, Any]) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, set_seed
 
 from trueline.errors import ConfigError, DataError
+from trueline.models.adapter import check_targets
 from trueline.records.checkpoints import broken_checkpoints, last_checkpoint, step_of
 from trueline.records.lines import LineFile, plain
 from trueline.train.chain import Link, Scores
@@ -79,6 +80,7 @@ class TaskStages:
         """Where rows of the training log go."""
         _check_tasks(self.tasks, self.config)
         self.fresh = Fresh(factory)
+        check_targets(self.fresh.first, self.config.target_modules)
         self.family = family_of(
             self.fresh.first,
             self.fresh.tokenizer,
