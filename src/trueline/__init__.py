@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trueline.jobs.reports import ReportConfig, report
     from trueline.jobs.row_plan import PromptFileConfig
     from trueline.jobs.sessions import MeasureResults
+    from trueline.jobs.stacking import StackConfig, stack
     from trueline.jobs.sweeps import SweepConfig, sweep
     from trueline.methods import METHODS, make_method
     from trueline.methods.ada_cd import AdaCD
@@ -48,6 +49,9 @@ _HOMES = {
     "trueline.engine.hook": ("guided",),
     "trueline.jobs.distillation": ("DistilConfig", "DistilResults", "distil"),
     "trueline.jobs.exporting": ("ExportConfig", "export"),
+    "trueline.jobs.prompt_files": ("generate_file",),
+    "trueline.jobs.row_plan": ("PromptFileConfig",),
+    "trueline.jobs.stacking": ("StackConfig", "stack"),
     "trueline.evals.judging": ("JudgeConfig",),
     "trueline.jobs.judgements": (
         *("AgreementConfig", "WinRateConfig", "measure_agreement", "measure_win_rate"),
