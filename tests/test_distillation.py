@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -232,3 +233,12 @@ def test_modules_that_are_not_there_are_named(prompts, tmp_path, targets):
 def test_stages_have_names_that_say_what_they_are():
     assert stage_name(0, "Talk like a pirate, matey!") == "01-talk-like-a-pirate-matey"
     assert stage_name(11, "说") == "12-principle"
+
+
+def test_the_python_of_the_docs_leads_from_a_sentence_to_a_model(tmp_path, monkeypatch):
+    docs = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n([^`]*trueline\.distil\(.*?)```", docs, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    model = trueline.load_model(tmp_path / "pirate-model")
+    assert trueline.generate(model, "What is the moon?")[0].text
