@@ -11,10 +11,10 @@
     quality       length, repetition, perplexity
     datasets      prompts, pairs and questions from files and known data sets
     items         the prompts of a run and what it takes to judge their responses
-    measures      responses, what they count as, the numbers of a point
-    sweep         grids of settings, and which of them to recommend
-    runs          one folder a run, safe against a kill
-    report        runs side by side as Markdown and HTML; figures    their plots
+    metrics       responses, what they count as, the numbers of a point
+    points        the settings of a sweep; choice    which of them to recommend
+    judging       a judge from settings; patterns    those of users, bounded in time
+    tables        numbers as text and Markdown; pictures    their plots; shapes    what results hold
 
 Importing this package loads nothing; take names from its modules.
 """

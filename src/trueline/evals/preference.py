@@ -1,7 +1,9 @@
 """Preference: does a method give people what they want? (Win rates are in `pairwise`.)
 
 personal preference    four users, four answers, does the method pick the user's own?
-                       Gao et al., ICML 2024, arXiv 2401.11458 (Linear Alignment)
+                       Gao et al., ICML 2024, arXiv 2401.11458 (Linear Alignment). Differs from the
+                       release: our own wording of the question and of the principle; the answer is
+                       not begun with "Answer:"; every user of a question is asked, not one of them
 adherence              does a response follow the principle, by pattern or by a judge
 win rate               pairs of responses in both orders, ties as halves, length-controlled
                        Dubois et al., COLM 2024, arXiv 2404.04475
