@@ -429,6 +429,30 @@ def test_both_exports_are_the_stack_and_their_cards_load_them(
     assert "rank 4" in text
 
 
+def test_a_chat_model_asked_by_its_card_answers_as_it_was_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{w} {i}", "answer": x} for i in range(16)
+            for w, x in WORDS["colour"].items()]  # fmt: skip
+    write_rows(tmp_path / "train.jsonl", rows[:24])
+    write_rows(tmp_path / "test.jsonl", rows[16:])
+    Path("stream.toml").write_text('[tasks.colour]\ntrain = "train.jsonl"\ntest = "test.jsonl"\n')
+    config = StackConfig(
+        tasks="stream.toml", scoring="generated", epochs=12, batch_size=8, learning_rate=2e-3,
+        target_modules="all-linear", dropout=0.0,
+    )  # fmt: skip
+    results = stack(config, "run")
+    assert results.R[-1, 0] == 1
+    assert call("export", "--adapters", "run", "--to", "one") == 0
+    code = python_of(Path("run"))
+    assert "apply_chat_template" in code
+    right = 0
+    for row in rows[16:]:
+        told: dict = {}
+        exec(compile(code.replace("SENTENCE", row["prompt"]), "README.md", "exec"), told)
+        right += told["answer"] == row["answer"]
+    assert right == len(rows[16:]) == 16
+
+
 def test_a_new_head_is_the_same_in_every_adapter_and_is_not_trained(two, models, tmp_path):
     assert train(two, models / "new-head", tmp_path / "run", "--learning-rate", "1e-2") == 0
     first, second = (

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +46,70 @@ def task(**changes):
     row = (Example("a text", "World"),)
     fields = {"name": "news", "train": row, "validation": (), "test": row, "labels": TOPICS}
     return Task(**(fields | changes))
+
+
+def test_rows_are_questions_and_answers_in_three_forms(tmp_path):
+    user, bot = {"role": "user", "content": "a rose"}, {"role": "assistant", "content": "red"}
+    system = {"role": "system", "content": "Which colour?"}
+    forms = {
+        "sentence": {"sentence": "a rose", "label": "red"},
+        "prompt": {"prompt": "a rose", "answer": "red"},
+        "messages": {"messages": [user, bot]},
+        "system": {"messages": [system, user, bot]},
+    }
+    for name, row in forms.items():
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+        table = {"train": f"{name}.jsonl", "test": f"{name}.jsonl", "labels": ["red", "blue"]}
+        sentence = "Which colour?\na rose" if name == "system" else "a rose"
+        assert read_task("t", table, folder=tmp_path).train == (Example(sentence, "red"),)
+    table = {"train": "x.jsonl", "test": "x.jsonl", "labels": ["red", "blue"]}
+    for row, wanted in (
+        ({"messages": [user]}, r"x.jsonl:1: `messages` must be a question .* roles \['user'\]"),
+        ({"messages": [user, bot, user, bot]}, "x.jsonl:1: `messages` must be"),
+        ({"messages": "a rose"}, "x.jsonl:1: `messages` must be"),
+        ({"messages": [user, {"role": "assistant", "content": ["red"]}]}, "must be a text"),
+        ({"prompt": "a rose"}, 'x.jsonl:1: missing field "sentence"; the row has prompt'),
+    ):
+        write_rows(tmp_path / "x.jsonl", [row])
+        with pytest.raises(DataError, match=wanted):
+            read_task("t", table, folder=tmp_path)
+    # A named column goes before any of them.
+    write_rows(tmp_path / "x.jsonl", [forms["prompt"] | {"q": "a sky", "a": "blue"}])
+    assert read_task("t", {**table, "text": "q", "label": "a"}, folder=tmp_path).test == (
+        Example("a sky", "blue"),)  # fmt: skip
+
+
+def test_the_streams_in_the_docs_can_be_read(tmp_path):
+    docs = (Path(__file__).parents[1] / "docs/streams.md").read_text(encoding="utf-8")
+    whole, tables = re.findall(r"```toml\n(.*?)```", docs, re.DOTALL)
+    for name in ("dbpedia", "amazon", "agnews"):
+        write_layout(tmp_path / "shared/data/cl_benchmark", name)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/stream.toml").write_text(whole)
+    stream = read_stream(tmp_path / "here/stream.toml")
+    assert [t.name for t in stream.tasks] == ["dbpedia", "amazon", "agnews"]
+    assert [t.settings.lambda_1 for t in stream.tasks] == [0.5, 0.1, 0.5]
+    [rows] = re.findall(r"```json\n(.*?)```", docs, re.DOTALL)
+    [shown] = re.findall(r"```text\n(.*?)\n```", docs, re.DOTALL)
+    for split in ("train", "test"):
+        (tmp_path / "colours").mkdir(exist_ok=True)
+        (tmp_path / f"colours/{split}.jsonl").write_text(rows)
+    colours = tomllib.loads(tables)["tasks"]["colours"]
+    found = read_task("colours", colours, folder=tmp_path)
+    assert [e.label for e in found.train] == ["red", "blue", "blue"]
+    assert PromptForm().text(found, found.train[0].sentence) == shown
+    with pytest.raises(DataError, match="dair-ai/emotion"):
+        read_task("emotions", tomllib.loads(tables)["tasks"]["emotions"], folder=tmp_path)
+
+
+def test_a_nul_in_a_path_is_one_line(tmp_path):
+    for content in (
+        {"data": "a\0b", "order": ["news"]},
+        {"tasks": {"t": {"train": "a\0b", "test": "c"}}},
+        {"tasks": {"t": {"dataset": "a\0b"}}},
+    ):
+        with pytest.raises(ConfigError, match="has a NUL"):
+            stream_from(content, tmp_path)
 
 
 def test_the_six_orders():

@@ -79,8 +79,33 @@ def from_datasets(
 
 
 def _row(where: str, row: Mapping[str, Any], table: Mapping[str, Any]) -> Row:
-    """Return a row with its columns read; a list of columns is written as "column: value" lines."""
-    columns, label = table.get("text", "sentence"), table.get("label", "label")
+    """Return a row with its columns read; a list of columns is written as "column: value" lines.
+
+    Where the task names no columns, `prompt` and `answer` serve as well as `sentence` and `label`,
+    and so do `messages` that end with the assistant's answer.
+    """
+    if "text" not in table and "label" not in table and "sentence" not in row:
+        if "messages" in row:
+            row = _turns(where, row["messages"])
+        if "prompt" in row and "answer" in row:
+            return _columns(where, row, "prompt", "answer")
+    return _columns(where, row, table.get("text", "sentence"), table.get("label", "label"))
+
+
+def _turns(where: str, messages: Any) -> dict[str, Any]:
+    """Return the question and the answer of a dialogue of one turn, perhaps with a system text."""
+    wanted = "a question of the user and the assistant's answer, perhaps after a system text"
+    turns = messages if isinstance(messages, list) else []
+    roles = [m.get("role") if isinstance(m, dict) else None for m in turns]
+    texts = [m.get("content") if isinstance(m, dict) else None for m in turns]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise DataError(f"{where}: `messages` must be {wanted}, got the roles {roles}.")
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where}: every message's `content` must be a text.")
+    return {"prompt": "\n".join(map(str, texts[:-1])), "answer": texts[-1]}
+
+
+def _columns(where: str, row: Mapping[str, Any], columns: str | Sequence[str], label: str) -> Row:
     for column in (*([columns] if isinstance(columns, str) else columns), label):
         if row.get(column) is None:
             raise DataError(

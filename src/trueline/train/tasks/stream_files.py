@@ -1,43 +1,6 @@
 """Streams of tasks from files: the TOML of a stream, and the data behind its tasks.
 
-    title = "five tasks"                  # optional
-    data = "../shared/data/cl_benchmark"  # has a folder for each task; relative to this
-    order = "order-1"                     # a preset of the paper, or a list of task names
-    leave_out = ["yahoo"]                 # tasks of the order to do without
-
-    [prompt]                              # which lines the model is shown, see PromptForm
-    instruction = true
-    options = true
-    task_lines = false
-
-    [defaults]                            # settings of every task, see TaskSettings
-    limit = 500
-    lambda_1 = 0.5
-
-    [tasks.amazon]                        # a task in the data folder: only what differs
-    lambda_1 = 0.1
-    instruction = "How does the buyer like it?"
-
-    [tasks.colours]                       # rows in JSONL files
-    train = "colours/train.jsonl"
-    test = "colours/test.jsonl"
-    validation = "colours/dev.jsonl"      # optional
-    text = ["question", "context"]        # columns, default "sentence"; several are named in a row
-    label = "answer"                      # column, default "label"
-    labels = ["red", "green"]             # default: those of the training rows
-    category = "TC"                       # takes the category's instruction
-
-    [tasks.emotions]                      # a Hugging Face data set: a local folder or a hub name
-    dataset = "dair-ai/emotion"
-    config = "split"                      # optional
-    splits = {train = "train", validation = "validation", test = "test"}
-    text = "text"
-
-Without `order` the tasks come as they stand under `[tasks]`. A task in the data folder has CL_
-Benchmark's layout: `train`, `validation` and `test.jsonl` with `sentence` and `label`,
-`labels.json` (a list), and `category.txt` with a key of `INSTRUCTIONS`. Rows with the label "-" (no
-agreed label, as in MNLI) are left out. Paths are relative to the
-TOML file. An unknown key is an error.
+The format is described in docs/streams.md. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -126,6 +89,8 @@ def stream_from(
         own[name] = table
     if data is None and (text := _typed(content, "data", str, "a folder", source)) is not None:
         data = folder / Path(text).expanduser()
+    if "\0" in str(data):
+        raise ConfigError(f"{source}: `data` has a NUL: {str(data)!r}.")
     root = None if data is None else Path(data)
     names = _names(content, own, source)
     missing = [n for n in names if not _has_source(own.get(n, {})) and not _is_task(root, n)]
@@ -249,6 +214,8 @@ def _check_task(table: Mapping[str, Any], where: str) -> None:
             empty = key == "instruction" and table[key] == ""
             if not empty:
                 raise ConfigError(f"`{key}` in {where} must be a text, got {table[key]!r}.")
+        if "\0" in str(table.get(key, "")):
+            raise ConfigError(f"`{key}` in {where} has a NUL: {table[key]!r}.")
     columns, splits = table.get("text", "sentence"), table.get("splits", {})
     if not isinstance(columns, str) and not _is_texts(columns):
         raise ConfigError(f"`text` in {where} must be a column or a list of them, got {columns!r}.")

@@ -72,7 +72,7 @@ def training_arguments(
         save_strategy="steps",
         # A logged mean goes over the steps since the last row: none is cut by a checkpoint.
         save_steps=-(-config.save_steps // logging_steps) * logging_steps,
-        save_total_limit=1,
+        save_total_limit=2,
         logging_steps=logging_steps,
         remove_unused_columns=False,
         report_to="none",
