@@ -55,10 +55,10 @@ def choices(protocol: str) -> dict[str, list[Any]]:
                     (4e-3, 10.0), (4e-3, 30.0)),
     }  # fmt: skip
     ella = {
-        "union": ((1e-3, 10.0), (1e-3, 100.0), (1e-3, 1000.0), (2e-3, 10.0), (2e-3, 100.0),
-                  (2e-3, 1000.0), (4e-3, 1000.0)),
-        "offered": ((1e-3, 1.0), (1e-3, 10.0), (1e-3, 100.0), (2e-3, 1.0), (2e-3, 10.0),
-                    (2e-3, 100.0), (4e-3, 100.0)),
+        "union": ((2e-4, 1e5), (5e-4, 3e5), (2e-4, 3e5), (1e-4, 1e5), (2e-4, 1e6), (5e-4, 1e5),
+                  (1e-3, 3e5)),
+        "offered": ((1e-3, 1e4), (1e-3, 1e5), (1e-3, 1e6), (2e-3, 1e4), (2e-3, 1e5), (4e-3, 1e4),
+                    (4e-3, 1e5)),
     }  # fmt: skip
     inf_lora = ((1e-3, 0.8, 0.9), (1e-3, 0.9, 0.95), (1e-3, 0.95, 1.0), (3e-3, 0.8, 0.9),
                 (3e-3, 0.9, 0.95), (3e-3, 0.95, 1.0), (5e-4, 0.9, 0.95))  # fmt: skip
@@ -66,7 +66,7 @@ def choices(protocol: str) -> dict[str, list[Any]]:
         "inc-lora": rates(1e-4, 1.5e-4, 2e-4, 2.5e-4, 3e-4, 5e-4, 1e-3) if union else high,
         "o-lora": grid("lambda_1", *o_lora[protocol], normalize=False),
         "drift": grid("strength", *drift[protocol]),
-        "ella": grid("strength", *ella[protocol]),
+        "ella": grid("strength", *ella[protocol], normalize=False),
         "seq-lora": rates(5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3) if union else high,
         "replay": rates(5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
         "multi-task": rates(7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3),

@@ -40,6 +40,7 @@ from trueline import LanguageModel, Plain, Request, SamplingParams, generate, lo
 from trueline.evals.transfer import summary
 from trueline.train.adapters.export import write_lora
 from trueline.train.adapters.stack import AdapterStack, adapter_layers, save_adapter
+from trueline.train.chain import Link, chain
 from trueline.train.keep.drift import Drift
 from trueline.train.keep.o_lora import Overlap
 from trueline.train.keep.second_moments import (
@@ -129,9 +130,9 @@ class Learner:
             found[name] = [own, *found.get(name, [])]
         return found
 
-    def learn(self, place: int, rows: list[Any]) -> None:
-        """Train on one skill and keep what the strategy keeps."""
-        cfg, replays = self.cfg, self.strategy.startswith("replay")
+    def learn(self, link: Link, rows: list[Any]) -> Any:
+        """Train on one skill, keep what the strategy keeps, and return the model."""
+        cfg, replays, place = self.cfg, self.strategy.startswith("replay"), link.index
         stacks = self.strategy != "seq-lora" and not replays
         torch.manual_seed(1000 * self.seed + place)
         stack = AdapterStack.load(self.folders if stacks else [])
@@ -165,7 +166,7 @@ class Learner:
         trainer = KeptTrainer(
             self.model,
             TrainingArguments(
-                str(self.work / "trainer"),
+                str(link.folder / "trainer"),
                 per_device_train_batch_size=cfg["batch"],
                 num_train_epochs=1,
                 learning_rate=float(self.choice["learning_rate"]),
@@ -189,18 +190,11 @@ class Learner:
         if replays:
             self.memory += self.rng.sample(rows, min(cfg["replay"], len(rows)))
         if stacks:
-            folder = self.work / f"skill-{place}"
-            save_adapter(self.model, folder)
+            folder = save_adapter(self.model, link.folder / "adapter")
             if self.strategy.startswith("drift"):
                 save_moments(self.moments(rows), folder)
             self.folders.append(folder)
-
-    def as_model(self) -> LanguageModel:
-        """Return what was learned, ready to answer."""
-        if self.model is None:
-            return self.lm
-        self.model.eval()
-        return LanguageModel(self.model, self.lm.tokenizer)
+        return self.model.eval()
 
 
 def go(strategy: str, cfg: Config, choice: Config, seed: int, work: Path) -> Config:
@@ -212,15 +206,22 @@ def go(strategy: str, cfg: Config, choice: Config, seed: int, work: Path) -> Con
     learner = Learner(
         strategy, cfg, choice, seed, work, own_dialogues(grammar, cfg["own"], 192, seed)
     )
-    untouched = [score(learner.lm, s.probes) for s in skills]
-    kept = [{name: score(learner.lm, probes) for name, probes in own.items()}]
-    R = []
-    for place, each in enumerate(skills):
-        learner.learn(place, encoded(learner.lm, each.rows))
-        lm = learner.as_model()
-        if not tuning or each is skills[-1]:
-            R.append([score(lm, s.probes) for s in skills])
-            kept.append({name: score(lm, probes) for name, probes in own.items()})
+
+    def train(link: Link) -> Any:
+        return learner.learn(link, encoded(learner.lm, skills[link.index].rows))
+
+    def measure(link: Link | None, model: Any, before: Any) -> Config:
+        if tuning and link is not None and link.index < link.total - 1:
+            return {}
+        lm = learner.lm if link is None else LanguageModel(model, learner.lm.tokenizer)
+        found = {name: score(lm, probes) for name, probes in own.items()}
+        return {"skills": [score(lm, s.probes) for s in skills], "own": found}
+
+    found = chain([s.name for s in skills], work / "stages", train, measure)
+    untouched = found[0]["skills"]
+    measured = [scores for scores in found[1:] if "skills" in scores]
+    R = [scores["skills"] for scores in measured]
+    kept = [found[0]["own"], *(scores["own"] for scores in measured)]
     return {
         "strategy": strategy,
         "seed": seed,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trueline.records.disk import saving
+from trueline.records.disk import make_folder, saving
 from trueline.records.manifest import read_json, write_json
 
 Scores = dict[str, Any]
@@ -78,6 +78,7 @@ def chain(
         after: Called after each stage that was trained here, with all scores so far.
     """
     untouched = Path(folder) / "untouched.json"
+    make_folder(untouched.parent)
     found = [_read(untouched) or _written(untouched, measure(None, None, ()))]
     for link in links(names, folder, seed):
         done = link.folder / "done.json"
