@@ -71,8 +71,7 @@ def collect_moments(
     found = {name: _module(model, name) for name in modules}
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    tokens = dict.fromkeys(modules, 0)
-    rows = 0
+    tokens, rows = dict.fromkeys(modules, 0), 0
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -85,9 +84,7 @@ def collect_moments(
                 _watch(found, _masks(model, batch), gradients) as seen,
                 torch.set_grad_enabled(gradients),
             ):
-                logits, labels = _predict(model, batch)
-                if offered is not None:
-                    logits = logits.masked_fill(~offered, -torch.inf)
+                logits, labels = _predict(model, batch, offered)
                 for name, part in seen.items():
                     for x in part.inputs:
                         _add(inputs, name, x.T @ x)
@@ -233,8 +230,10 @@ def _unambiguous(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _predict(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return logits and the labels that belong to them, place by place."""
+def _predict(
+    model: Any, batch: Mapping[str, Tensor], offered: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return logits, of the offered outputs alone, and the labels that belong to them."""
     labels = batch.get("labels")
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if model.config.is_encoder_decoder:
@@ -245,6 +244,8 @@ def _predict(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | 
             make = base.prepare_decoder_input_ids_from_labels
             inputs["decoder_input_ids"] = make(labels=labels)
     logits = model(**inputs).logits
+    if offered is not None:
+        logits = logits.masked_fill(~offered, -torch.inf)
     if labels is not None and logits.dim() == 3 and not model.config.is_encoder_decoder:
         return logits[:, :-1], labels[:, 1:]
     return logits, labels
