@@ -61,7 +61,6 @@ _HOMES = {
     "trueline.jobs.sessions": ("MeasureResults",),
     "trueline.jobs.sweeps": ("SweepConfig", "sweep"),
     "trueline.models.source": ("ModelConfig",),
-    "trueline.jobs.stacking": ("StackConfig", "StackResults", "stack"),
     "trueline.methods": ("METHODS", "make_method"),
     "trueline.methods.ada_cd": ("AdaCD",),
     "trueline.methods.blend": ("Blend",),
