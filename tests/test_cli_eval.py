@@ -322,3 +322,16 @@ def test_help_loads_no_torch(part):
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_refilled_places_measure_the_same(tmp_path):
+    folders = tmp_path / "waiting", tmp_path / "refilled"
+    command = (*REFUSAL, "--alpha", "0,2", "--no-plot", "--batch-size", 3)
+    assert call(*command, "--output", folders[0]) == 0
+    assert call(*command, "--refill", "--output", folders[1]) == 0
+    texts = [
+        [json.loads(line)["text"] for line in (f / "responses.jsonl").read_text().splitlines()]
+        for f in folders
+    ]
+    assert texts[0] == texts[1]
+    assert call(*command, "--output", folders[1]) == 2, "another run: its rows may round otherwise"

@@ -81,6 +81,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="start again though the folder holds another run")
     add("--json", action="store_true", help="print the results as JSON")
     add("--batch-size", type=int, default=64, metavar="N", help="prompts decoded together (64)")
+    add("--refill", action="store_true", help="prompts take the places of those that have ended")
     add("--limit", type=int, metavar="N", help="at most N prompts (of each kind), pairs or labels, "
         "drawn by --seed and spread over the data's own types")  # fmt: skip
     add(

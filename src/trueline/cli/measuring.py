@@ -61,7 +61,7 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     name = args.method or ("self-cd" if metric == "refusal" else "linear-alignment")
     options, lists, sampling = _method(args, name)
     names = [*(n for data in DATA.values() for n in data), "system", "pattern", "absent"]
-    names += ["limit", "skip_long", "batch_size", "seed"]
+    names += ["limit", "skip_long", "batch_size", "refill", "seed"]
     return {
         **{n: getattr(args, n) for n in names if hasattr(args, n)},
         "model": model_config(args),

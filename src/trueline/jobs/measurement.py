@@ -95,6 +95,9 @@ class MeasureConfig:
     """Measure the plain model too, and compare with it."""
     plot: bool = True
     """Draw plot.png; needs matplotlib."""
+    refill: bool = False
+    """Let prompts take the places of those that have ended, instead of waiting for the whole batch:
+    faster where lengths differ, but a resumed run may round otherwise than an unbroken one."""
 
     def __post_init__(self) -> None:
         put = object.__setattr__
