@@ -9,12 +9,14 @@ from trueline import (
     Blend,
     ConfigError,
     Contrast,
+    Decoder,
     LinearAlignment,
     Plain,
     Request,
     SamplingParams,
     SelfCD,
     TruelineError,
+    generate,
     load_model,
     make_method,
 )
@@ -85,6 +87,11 @@ CASES = {
     "template 5": (lambda: load_model("tiny", chat_template=5), "`chat_template` must be"),
     "raw as text": (lambda: load_model("tiny", raw="yes"), "`raw` must be True or False"),
     "revision 5": (lambda: load_model("tiny", revision=5), "`revision` must be text, got 5"),
+    "a decoder by name": (lambda: Decoder("tiny"), "The model must be a loaded one"),
+    "no model": (lambda: generate(None, "Hi"), "from load_model(), got None"),
+    "requests 5": (lambda: generate(load_model("tiny"), 5), "`requests` must be a list"),
+    "request 5": (lambda: generate(load_model("tiny"), [5]), "`request` must be a Request"),
+    "method by name": (lambda: generate(load_model("tiny"), "Hi", "plain"), "got 'plain'"),
     "quantize": (lambda: load_model("tiny", quantize="2bit"), "`quantize` must be"),
 }
 

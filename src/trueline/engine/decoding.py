@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from trueline.engine.protocol import Backend, Continuation, Prompt, Step, Ticket
 from trueline.engine.scheduler import Admission
 from trueline.engine.torch_backend import TorchBackend
+from trueline.errors import ConfigError, check_kind
 from trueline.models.load import LanguageModel
-from trueline.types import Completion, Message, Method, Request, SamplingParams
+from trueline.types import Completion, Message, Method, Request, SamplingParams, check_call
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,8 @@ class Decoder:
                 for one conversation at a time.
             backend: Another engine than PyTorch's; the options above are then its own matter.
         """
+        if model is None or isinstance(model, (str, bytes)):
+            raise ConfigError(f"The model must be a loaded one, from load_model(), got {model!r}.")
         self.model = model
         self.backend: Backend = backend or TorchBackend(
             model,
@@ -85,6 +88,8 @@ class Decoder:
             DataError: The messages are not a chat, or a branch exceeds the model's positions.
             ModelError: No chat template, or the method needs an adapter and there is none.
         """
+        check_kind("request", request, (Request, str, Sequence), "a Request, text or messages")
+        check_call(method, sampling)
         if not isinstance(request, Request):
             request = Request(request)
         method, sampling = request.method or method, request.sampling or sampling
@@ -264,6 +269,7 @@ def generate(
     """
     if isinstance(requests, (str, Request)):
         requests = [requests]
+    check_kind("requests", requests, Sequence, "a list of requests, or one text")
     decoder = Decoder(
         model,
         batch_size=batch_size,
