@@ -41,10 +41,7 @@ if not __package__:
 
 from benchmarks._models import machine
 from benchmarks._report import table
-from trueline.cli import COMMANDS
 
-DISTIL = ("distil",) if "distil" in COMMANDS else ("train", "inverse-q")
-STACK = ("stack",) if "stack" in COMMANDS else ("train", "o-lora")
 CLOCK = ("seconds", "tokens_per_second", "step_time", "train_runtime")
 QUESTIONS = ("What is the moon?", "Which animal barks?", "Where do fish live?", "What is snow?")
 STREAM = "".join(
@@ -78,14 +75,14 @@ JOBS = {
         ("responses.jsonl", "verdicts.jsonl", "results.json"),
     ),
     "distil": Job(
-        (*DISTIL, "--principle", "Talk like a pirate.", "--prompts", "prompts.jsonl",
+        ("distil", "--principle", "Talk like a pirate.", "--prompts", "prompts.jsonl",
          "--steps", "8", "--save-steps", "2", "--batch-size", "4", "--max-new-tokens", "8",
          "--set", "save_total_limit=3", "--output", "DIR"),
         ("adapter_model.safetensors", "log.jsonl"),
         ("--resume",),
     ),
     "stack": Job(
-        (*STACK, "--tasks", "stream.toml", "--rank", "2", "--batch-size", "4", "--epochs", "3",
+        ("stack", "--tasks", "stream.toml", "--rank", "2", "--batch-size", "4", "--epochs", "3",
          "--save-steps", "4", "--output", "DIR"),
         ("**/adapter_model.safetensors", "R.csv", "log.jsonl"),
         ("--resume",),

@@ -25,18 +25,6 @@ LONGEST = 700
 """Characters of a message, paths included."""
 
 
-OPEN = Path(__file__).with_name("open_refusals.txt")
-"""Cases that are not refused yet, an id a line; the file is gone when there are none."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect the open cases to fail."""
-    still = set(OPEN.read_text().splitlines()) if OPEN.exists() else set()
-    for item in items:
-        if f"{item.path.stem}::{item.name}" in still:
-            item.add_marker(pytest.mark.xfail(reason="not refused yet", strict=False))
-
-
 UNTOUCHED: dict[str, tuple] = {}
 """The snapshot of this worker's folder as it was made."""
 
@@ -74,6 +62,19 @@ def snapshot(folder: Path) -> dict[str, tuple]:
                     about = entry.stat(follow_symlinks=False)
                     found[entry.path] = (about.st_size, about.st_mtime_ns, about.st_ino)
     return found
+
+
+def different(copy: Path, original: Path) -> list[str]:
+    """Return the names of what is there, is gone, or has other bytes than at first."""
+    now = snapshot(copy)
+    changed = [name for name in {**now, **UNTOUCHED} if now.get(name) != UNTOUCHED.get(name)]
+    names = [os.path.relpath(name, copy) for name in changed]
+    return [name for name in names if not _same(copy / name, original / name)]
+
+
+def _same(one: Path, two: Path) -> bool:
+    files = all(path.is_file() and not path.is_symlink() for path in (one, two))
+    return files and one.read_bytes() == two.read_bytes()
 
 
 @pytest.fixture
@@ -114,14 +115,13 @@ def world(_world, made_once, monkeypatch, no_real_work) -> Iterator[Path]:
 
 
 @pytest.fixture
-def refuse(world, capfd) -> Callable[..., str]:
+def refuse(world, made_once, capfd) -> Callable[..., str]:
     """`refuse(argv, *fragments)`: run a command that must be refused, and return its one line."""
 
-    def refused(argv, *fragments: str) -> str:
+    def refused(argv, *fragments: str, touched: tuple[str, ...] = ()) -> str:
         code = main(list(argv))
         out, err = capfd.readouterr()
-        now = snapshot(world)
-        changed = [name for name in {**now, **UNTOUCHED} if now.get(name) != UNTOUCHED.get(name)]
+        changed = set(different(world, made_once("bad-world", build))) - set(touched)
         assert not changed, f"changed on the disk: {changed}"
         assert code == 2, f"exit {code}: {out[:300]} {err[-300:]}"
         assert err.startswith("error: "), err[-1500:]

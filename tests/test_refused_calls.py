@@ -75,7 +75,6 @@ CALLS: dict[str, list[Callable[[], Any]]] = {
     ],
     "repetition_penalty": [lambda: SamplingParams(repetition_penalty=0)],
     "stop": [
-        lambda: SamplingParams(stop="abc"),  # type: ignore[arg-type]
         lambda: SamplingParams(stop=("",)),
         lambda: SamplingParams(stop=(1,)),  # type: ignore[arg-type]
         lambda: SamplingParams(stop=None),  # type: ignore[arg-type]
@@ -159,6 +158,8 @@ CALLS: dict[str, list[Callable[[], Any]]] = {
         lambda: ask([{**USER, "content": [{"type": "text", "text": "Hi"}]}]),
         lambda: ask([{**USER, "name": "x" * 1_000_000}]),
         lambda: ask([USER, {"role": "system", "content": "Ho"}]),
+        lambda: encode(5),
+        lambda: encode(None),
         lambda: encode(Request(5)),  # type: ignore[arg-type]
         lambda: encode(Request([])),
         lambda: encode(Request([5])),  # type: ignore[list-item]
@@ -171,7 +172,6 @@ CALLS: dict[str, list[Callable[[], Any]]] = {
         lambda: ask([{"role": "bot", "content": "Hi"}]),
         lambda: ask([{"role": 5, "content": "Hi"}]),
     ],
-    "equest": [lambda: encode(5), lambda: encode(None)],
     "surrogate": [lambda: ask("\udcff")],
     "dtype": [
         lambda: load_model(TINY, dtype="float31"),

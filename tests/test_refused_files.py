@@ -91,12 +91,12 @@ DATA = [
     ((*REFUSAL, "--safe", "nothing.txt"), "nothing.txt"),
     ((*REFUSAL, "--safe", "prompts.yaml"), "prompts.yaml"),
     ((*REFUSAL, "--safe", "good"), "good"),
-    ((*PREFERENCE, "--prompts", "pattern_number.jsonl"), "pattern_number.jsonl:1"),
-    ((*PREFERENCE, "--prompts", "pattern_list.jsonl"), "pattern_list.jsonl:1"),
-    ((*PREFERENCE, "--prompts", "pattern_open.jsonl"), "pattern_open.jsonl:1"),
-    ((*PREFERENCE, "--prompts", "pattern_huge.jsonl"), "pattern_huge.jsonl:1"),
+    ((*PREFERENCE, "--prompts", "pattern_number.jsonl"), "pattern_number.jsonl"),
+    ((*PREFERENCE, "--prompts", "pattern_list.jsonl"), "pattern_list.jsonl"),
+    ((*PREFERENCE, "--prompts", "pattern_open.jsonl"), "pattern_open.jsonl"),
+    ((*PREFERENCE, "--prompts", "pattern_huge.jsonl"), "pattern_huge.jsonl"),
     ((*PREFERENCE, "--prompts", "pattern_once.jsonl"), "pattern"),
-    ((*PREFERENCE, "--prompts", "principle_number.jsonl"), "principle_number.jsonl:1"),
+    ((*PREFERENCE, "--prompts", "principle_number.jsonl"), "principle_number.jsonl"),
     ((*PREFERENCE, "--questions", "personal_few.jsonl"), "personal_few.jsonl:1"),
     ((*PREFERENCE, "--questions", "personal_uneven.jsonl"), "personal_uneven.jsonl:1"),
     ((*PREFERENCE, "--questions", "personal_text.jsonl"), "personal_text.jsonl:1"),
@@ -208,13 +208,15 @@ def test_runs_to_report(refuse, name):
 @pytest.mark.parametrize("name", ["rows_junk", "rows_number", "verdicts_junk"])
 def test_runs_to_go_on_with(refuse, name):
     argv = ("eval", "refusal", "--alpha", "1", "--limit", "1", "--max-new-tokens", "2", "--no-plot")
-    refuse((*argv, "--output", f"r_{name}"), f"r_{name}", ":1")
+    touched = (f"r_{name}/manifest.json",)  # this call is noted in it
+    refuse((*argv, "--output", f"r_{name}"), f"r_{name}", ":1", touched=touched)
 
 
 def test_a_training_to_go_on_with(refuse):
     argv = (*DISTIL, "--principle", "Be brief.", "--prompts", "in.jsonl", "--steps", "1")
     more = ("--batch-size", "1", "--max-new-tokens", "4", "--resume", "--output", "d_log_junk")
-    refuse((*argv, *more), "log.jsonl:1")
+    touched = ("d_log_junk/manifest.json", "d_log_junk/config.toml")
+    refuse((*argv, *more), "log.jsonl:1", touched=touched)
 
 
 CHAT = {

@@ -21,6 +21,8 @@ TRAIN = (*DISTIL, "--prompts", "in.jsonl", "--output", "new", "--principle", "Be
          "--batch-size", "1")  # fmt: skip
 STREAM = (*STACK, "--tasks", "s_good.toml", "--output", "new")
 EXPORT = ("export", "--adapters", "adapter", "--to", "new")
+CD_TEACHER = ("--output", "new", "--prompts", "in.jsonl", "--batch-size", "1", "--teacher",
+              "self-cd")  # fmt: skip
 LONG_NAME = "n" * 300
 
 # Command -> (what is added to it, what the line must name), ...
@@ -31,7 +33,7 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("generat", "Hi"), '"generate"'),
         (("GENERATE", "Hi"), "Unknown command"),
         (("--model", "tiny"), "Unknown command"),
-        (("train",), "distil" if DISTIL == ("distil",) else "WHAT"),
+        (("train",), "Unknown command"),
         (("eval",), "WHAT"),
         (("eval", "refusals"), "refusals"),
         (("methods", "self-cdd"), '"self-cd"'),
@@ -193,7 +195,6 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("--output", "link.jsonl"), "link.jsonl"),
         (("--output", "link.jsonl", "--overwrite"), "link.jsonl"),
         (("--output", "dangling.jsonl"), "dangling.jsonl"),
-        (("--output", "planted.jsonl"), "planted.jsonl"),
         (("--output", "x\udcff"), "UTF-8"),
         (("--output", "a\0b"), "NUL"),
         (("--output", f"{LONG_NAME}.jsonl"), "long"),
@@ -214,6 +215,7 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("--top", "1.5"), "top"),
         (("--n", "2"), "--n"),
         (("--seed", str(2**64)), "seed"),
+        (("--system", " "), "system"),
         (("--output", "other.jsonl"), "other.jsonl"),
         (("--output", "dirty"), "dirty"),
         (("--output", "run"), "run"),
@@ -269,7 +271,7 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("--safe", "dirty"), "dirty"),
         (("--safe", "hf:"), "hf:"),
         (("--safe", "hf:no/such-set"), "no/such-set"),
-        (("--safe", ""), "kind"),
+        (("--safe", ""), "--safe"),
         (("--unsafe", "a\0b.jsonl"), "NUL"),
         (("--judge", "local"), "--judge-model"),
         (("--judge", "model"), "--judge-url"),
@@ -318,12 +320,12 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("--grid", ""), "--grid"),
         (("--grid", "ratio"), "--grid"),
         (("--grid", "ratio="), "ratio"),
-        (("--grid", "=1"), "--grid"),
+        (("--grid", "=1"), "number"),
         (("--grid", "ratio=a"), "ratio"),
         (("--grid", "nonsense=1"), "nonsense"),
         (("--grid", "alpha=nan"), "alpha"),
         (("--grid", "alpha=1", "alpha=2"), "alpha"),
-        (("--grid", "alpha=0:1e9:1e-9"), "alpha"),
+        (("--grid", "alpha=0:1e9:1e-9"), "0:1e9:1e-9"),
         (("--metric", "magic"), "magic"),
         (("--metric", "personal"), "--questions"),
         (("--questions", "in.jsonl"), "--questions"),
@@ -396,8 +398,6 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("--device", "vulkan"), "vulkan"),
         (("--principle", ""), "principle"),
         (("--teacher", "magic"), "magic"),
-        (("--teacher", "self-cd", "--alpha", "nan"), "alpha"),
-        (("--teacher", "self-cd", "--alpha", "1e308"), "alpha"),
         (("--teacher", "checkpoints"), "tuned"),
         (("--teacher", "checkpoints", "--tuned", "./nowhere"), "./nowhere"),
         (("--ratio", "1e308"), "ratio"),
@@ -430,7 +430,7 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("--evaluate", "pattern_once.jsonl"), "pattern"),
         (("--threads", "0"), "threads"),
         (("--threads", str(2**31)), "threads"),
-        (("--seed", "-1"), "seed"),
+        (("--seed", "-1"), "eed"),
         (("--seed", str(2**64)), "seed"),
         (("--report-to", "magic"), "magic"),
         (("--set", "nonsense"), "NAME=VALUE"),
@@ -465,8 +465,10 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
     ],
     DISTIL: [
         ((), "--output"),
-        (("--output", "new"), "--prompts"),
-        (("--output", "new", "--config", "nul.toml"), "prompts"),
+        (("--output", "new"), "prompts"),
+        ((*CD_TEACHER, "--alpha", "nan"), "alpha"),
+        ((*CD_TEACHER, "--alpha", "1e308"), "alpha"),
+        (("--output", "new", "--config", "nul.toml"), "NUL"),
         (("--output", "new", "--prompts", "in.jsonl", "--config", "nul_model.toml"), "model"),
         (("--output", "new", "--prompts", "in.jsonl"), "principle"),
     ],
@@ -491,8 +493,7 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("--tasks", "s_lambda.toml"), "lambda_1"),
         (("--tasks", "s_nan.toml"), "lambda_1"),
         (("--tasks", "s_rank.toml"), "rank"),
-        (("--tasks", "s_name.toml"), "../a"),
-        (("--tasks", "s_nul.toml"), "train"),
+        (("--tasks", "s_nul.toml"), "NUL"),
         (("--tasks", "s_data.toml"), "nowhere"),
         (("--tasks", "s_number.toml"), "s_number.toml"),
         (("--tasks", "s_prompt.toml"), "prompt"),
@@ -520,15 +521,14 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("--save-steps", "0"), "save_steps"),
         (("--threads", "0"), "threads"),
         (("--threads", str(2**31)), "threads"),
-        (("--seed", "-1"), "seed"),
-        (("--target-modules", "no_such_module"), "no_such_module"),
+        (("--seed", "-1"), "eed"),
         (("--set", "nonsense=1"), "nonsense"),
         (("--set", "buffer=64"), "buffer"),
         (("--set", "scoring=magic"), "scoring"),
         (("--config", "broken.toml"), "broken.toml:1"),
     ],
     STACK: [
-        ((), "--output"),
+        ((), "--"),
         (("--output", "new"), "--tasks"),
     ],
 }  # fmt: skip
@@ -538,6 +538,13 @@ CASES = [((*command, *more), said) for command, rows in OPTIONS.items() for more
 def name_of(argv: tuple[str, ...]) -> str:
     """An id that shows the words, one that pytest can print."""
     return " ".join(argv).encode("unicode_escape", "surrogatepass").decode()[-90:]
+
+
+def test_modules_that_a_model_lacks_are_named_when_the_stack_begins(refuse):
+    """The untouched model is measured first; what that gave stays for the next try."""
+    touched = ("new", "new/stages", "new/stages/01-a", "new/manifest.json", "new/config.toml",
+               "new/log.jsonl", "new/stages/untouched.json")  # fmt: skip
+    refuse((*STREAM, "--target-modules", "no_such_module"), "no_such_module", touched=touched)
 
 
 @pytest.mark.parametrize(("argv", "said"), CASES, ids=[name_of(argv) for argv, _ in CASES])

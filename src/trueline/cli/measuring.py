@@ -52,6 +52,8 @@ def metric_of(args: argparse.Namespace) -> str:
     given = [name for name, value in modes.items() if value is not None]
     if len(given) > 1:
         raise ConfigError(f"Give one of {' and '.join(given)}, not both.")
+    if args.criterion is not None and not (args.responses and args.criterion.strip()):
+        raise ConfigError("`--criterion` is a text that goes with `--responses A B`.")
     return "implicit_reward" if args.pairs else "personal" if args.questions else "adherence"
 
 

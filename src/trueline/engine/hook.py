@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trueline.engine.decoding import Decoder
-from trueline.errors import ConfigError
+from trueline.errors import ConfigError, DataError
 from trueline.models.load import LanguageModel
 from trueline.models.prompts import encode
 from trueline.types import Message, Method, Request, SamplingParams, check_messages
@@ -49,6 +49,8 @@ def guided(
     >>> method = LinearAlignment(principle="Talk like a pirate.")
     >>> model.generate(**inputs, custom_generate=guided(method, tokenizer, messages))
     """
+    if not isinstance(messages, Sequence) or not messages:
+        raise DataError(f"`messages` must be a chat or a list of chats, got {messages!r:.80}.")
     single = isinstance(messages, str) or isinstance(messages[0], dict)
     chats: list[list[Message]] = [check_messages(m) for m in ([messages] if single else messages)]
 

@@ -172,8 +172,11 @@ def adherence_items(
         rows = load_prompts(source, system=system)
         total = len(rows)
         for row in spread(rows, [row.group for row in rows], limit, seed):
-            wanted, form = _text(row, "principle") or principle, row.row.get("pattern") or pattern
-            check_pattern(form, f'Prompt "{row.id}"')
+            wanted, form = (
+                _text(row, "principle", source) or principle,
+                row.row.get("pattern") or pattern,
+            )
+            check_pattern(form, f'{source}: prompt "{row.id}"')
             group = row.group or "prompt"
             items.append(Item(row.id, row.prompt, group, wanted, form, context=row.context))
     for item in items:
@@ -196,10 +199,10 @@ def _system(text: str | None) -> tuple[Message, ...]:
     return () if text is None else ({"role": "system", "content": text},)
 
 
-def _text(row: PromptItem, name: str) -> str | None:
+def _text(row: PromptItem, name: str, source: Source) -> str | None:
     value = row.row.get(name)
     if not (value is None or isinstance(value, str)):
-        raise DataError(f'Prompt "{row.id}": "{name}" must be some text, got {value!r}.')
+        raise DataError(f'{source}: prompt "{row.id}": "{name}" must be some text, got {value!r}.')
     return value
 
 

@@ -14,6 +14,7 @@ from trueline.evals.endpoint import Endpoint, redacted
 from trueline.evals.judges import FunctionJudge, KeywordJudge, LocalJudge, ModelJudge
 from trueline.evals.rubrics import VERSION
 from trueline.models import load
+from trueline.models.places import find_model
 from trueline.records.hashes import digest, file_hash, model_hash
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def check_judge(judge: Judge | None, metric: str) -> Judge:
         raise ConfigError("The metric adherence needs `--judge local` or `--judge model`.")
     if config.name is not None and metric in ("personal", "implicit_reward"):
         raise ConfigError(f"The metric {metric} takes no judge.")
+    if config.name == "local" and config.model:
+        find_model(config.model)  # before any answer is drawn for it
     return config
 
 

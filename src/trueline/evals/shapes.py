@@ -49,6 +49,7 @@ RECOMMENDATION = {
 }
 RESULTS = {
     "metric": str,
+    "title?": str,
     "command": str,
     "settings": Mapping,
     "points?": [POINT],

@@ -130,6 +130,8 @@ class DistilConfig:
     def __post_init__(self) -> None:
         check_number("lora.rank", self.lora.rank, low=1, high=MAX_RANK, whole=True)
         check_number("lora.dropout", self.lora.dropout, low=0, high=1, high_open=True)
+        if self.lora.alpha is not None:
+            check_number("lora.alpha", self.lora.alpha, low=0, low_open=True)
         for name, high in {"limit": math.inf, "threads": MAX_THREADS}.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=1, high=high, whole=True)

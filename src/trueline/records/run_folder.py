@@ -120,8 +120,9 @@ class RunFolder:
             if self._held is not None:
                 self._held.release()
             if not self._started and self.main and self._made:
-                with contextlib.suppress(OSError):
-                    self.folder.rmdir()
+                for path in (self.folder / CHECKPOINTS, self.folder):  # a trainer makes the first
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
 
     # -- what is written
 

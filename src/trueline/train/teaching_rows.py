@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trueline.errors import ConfigError, DataError
+from trueline.errors import ConfigError, DataError, check_number
 from trueline.records.lines import parse, read_content
 from trueline.records.prompt_rows import BadRow, BadRowsError, check_row
 
@@ -19,6 +19,8 @@ def read_rows(path: Any, limit: Any = None) -> tuple[list[dict[str, Any]], str]:
     """
     if not isinstance(path, str):
         raise ConfigError('`--prompts FILE` is missing: JSONL rows with a "prompt".')
+    if limit is not None:
+        check_number("limit", limit, low=1, whole=True)
     rows: list[dict[str, Any]] = []
     bad: list[BadRow] = []
     content = read_content(path)

@@ -137,6 +137,11 @@ class InverseQConfig(TrainingArguments):
         check_number("min_effect", self.min_effect, low=0)
         check_number("temperature", self.temperature, low=0, low_open=True)
         check_number("learning_rate", self.learning_rate, low=0)
+        check_number("num_train_epochs", self.num_train_epochs, low=0, low_open=True)
+        check_number("save_steps", self.save_steps, low=0, low_open=True)
+        check_number("seed", self.seed, low=0, high=2**32 - 1, whole=True)
+        if self.max_steps == 0:
+            raise ConfigError("`max_steps` must be at least 1, or -1 for whole epochs, got 0.")
         for name in ("reuse", "effect_rows", "max_completion_length", "per_device_eval_batch_size",
                      "per_device_train_batch_size", "gradient_accumulation_steps"):  # fmt: skip
             check_number(name, getattr(self, name), low=1, whole=True)
