@@ -231,7 +231,7 @@ OPTIONS: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {
         (("\udcff", "--principle", "X"), "UTF-8"),
     ],
     ("chat",): [
-        (("--n", "2"), "`n`"),
+        (("--n", "2"), "--n"),
         (("--method", "magic"), "magic"),
         (("--model", "./nowhere"), "./nowhere"),
         (("--system", " "), "system"),
