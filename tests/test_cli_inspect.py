@@ -91,7 +91,7 @@ def test_inspect_takes_a_system_message_and_top(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--n", "2"], "got `n` 2"),
+        (["--n", "2", "--temperature", "1"], "got `n` 2"),
         (["--top", "0"], "`top`"),
         (["--seed", str(2**63)], "`seed`"),
         (["--system", " "], "`--system` is only white space"),
