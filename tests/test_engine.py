@@ -301,7 +301,9 @@ class TestPrefixes:
         assert [on for on, _ in decoder.backend.store.entries] == [False, True]
         store = decoder.backend.store
         ids = next(key[1] for key in store.entries)
-        assert store.longest(True, ids)[0] is not store.longest(False, ids)[0]
+        for on in (True, False, False, True):
+            entry = store.entries[on, ids]
+            assert store.longest(on, ids)[0] is entry
 
     def test_bounded_by_number_and_by_bytes(self, llama):
         batch = Batch(llama, [[5, 6, 7, 8]], [True])
