@@ -275,7 +275,7 @@ def test_a_pattern_that_never_ends_is_stopped():
 
 
 def test_a_rows_own_pattern_is_checked(tmp_path):
-    with pytest.raises(ConfigError, match='Prompt "1"'):
+    with pytest.raises(ConfigError, match='prompt "1": a pattern must be text'):
         adherence_items([{"prompt": "a", "pattern": ["b"]}], principle="x")
     with pytest.raises(ConfigError, match="bundled principles have patterns"):
         adherence_items(None, pattern="x")

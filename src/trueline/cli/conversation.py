@@ -196,6 +196,11 @@ class Chat:
         """Write the conversation and its settings as one row of JSON into a new file."""
         if not name:
             raise ConfigError("Where to? /save FILE, a file that does not exist yet.")
+        path = Path(name).expanduser()
+        if path.exists():
+            raise ConfigError(f'File "{name}" exists. Give another name.')
+        if not path.parent.is_dir():
+            raise ConfigError(f'Cannot write "{name}": there is no such folder.')
         self._last()
         row = {
             "messages": [*self._system(), *self.turns],
@@ -205,10 +210,8 @@ class Chat:
             "seed": self.seed,
         }
         try:
-            with Path(name).expanduser().open("x", encoding="utf-8") as file:
+            with path.open("x", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except FileExistsError:
-            raise ConfigError(f'File "{name}" exists. Give another name.') from None
         except (OSError, ValueError) as error:
             raise ConfigError(f'Cannot write "{name}": {error}.') from None
         note(f"({len(self.turns) // 2} questions and answers in {name})")

@@ -85,7 +85,8 @@ def encode(model: LanguageModel, messages: Sequence[Message]) -> list[int]:
         DataError: The template refuses these messages.
     """
     if model.raw:
-        text = "\n".join(m["content"] for m in messages if m["content"])
+        # An empty system message has no line; an empty context after a principle still ends its.
+        text = "\n".join(m["content"] for m in messages if m["content"] or m["role"] != "system")
     else:
         text = render(model, messages)
     try:
