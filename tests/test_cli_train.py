@@ -690,6 +690,17 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path, name):
     assert last_checkpoint(tmp_path).name == f"checkpoint-{10 if there else 9}"
 
 
+def test_the_checkpoint_of_the_last_step_is_not_gone_on_from(tmp_path):
+    """A kill between the last step and the results: one step more would be another run."""
+    from trueline.records.checkpoints import broken_checkpoints, last_checkpoint
+
+    for step in (9, 10):
+        state = checkpoint(tmp_path, step) / "trainer_state.json"
+        state.write_text(json.dumps({"global_step": step, "max_steps": 10}))
+    assert last_checkpoint(tmp_path).name == "checkpoint-9"
+    assert broken_checkpoints(tmp_path) == []
+
+
 def test_a_checkpoint_that_a_kill_cut_short_is_removed_without_a_word(tmp_path):
     from trueline.records.checkpoints import broken_checkpoints, last_checkpoint
 

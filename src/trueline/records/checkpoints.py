@@ -13,10 +13,14 @@ NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 
 def last_checkpoint(folder: Path, *, remove: bool = False) -> Path | None:
-    """Return the last whole checkpoint; `remove` those that are not."""
+    """Return the last whole checkpoint that has steps before it; `remove` all others.
+
+    That of the last step is none: a trainer that goes on from it in the middle of an epoch makes
+    one step more before it looks whether it has ended.
+    """
     whole = []
     for path in _checkpoints(folder):
-        if broken_file(path) is None:
+        if broken_file(path) is None and not _ended(path):
             whole.append(path)
         elif remove:
             shutil.rmtree(path)
@@ -59,6 +63,12 @@ def step_of(checkpoint: Path) -> int:
 def _checkpoints(folder: Path) -> list[Path]:
     found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted((p for p in found if p.is_dir()), key=step_of)
+
+
+def _ended(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / NEEDED[0]).read_text(encoding="utf-8"))
+    steps = state.get("max_steps") if isinstance(state, dict) else None
+    return isinstance(steps, int) and 0 < steps <= step_of(checkpoint)
 
 
 def _reads(path: Path) -> bool:
