@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS := adapters,plots,device-map,train,lm-eval,inspect,serve,dev
+EXTRAS := adapters,plots,device-map,train,lm-eval,inspect,serve,gguf,dev
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
