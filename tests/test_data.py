@@ -233,3 +233,14 @@ def test_timings_of_every_session_are_kept(tmp_path):
     run(path, {})
     kept = json.loads(Path(f"{path}.run.json").read_text())
     assert kept == {"settings": {}, "rows": 7, "sessions": [{"rows": 7}, {"rows": 7}]}
+
+
+def test_a_torn_line_is_cut_off_by_the_first_row_that_follows_it(tmp_path):
+    from trueline.records.lines import LineFile
+
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"a": 1}\n{"b": ')
+    file = LineFile(path)
+    file.append([{"c": 2}])
+    file.close()
+    assert path.read_text() == '{"a": 1}\n{"c": 2}\n'
