@@ -244,3 +244,18 @@ def test_a_torn_line_is_cut_off_by_the_first_row_that_follows_it(tmp_path):
     file.append([{"c": 2}])
     file.close()
     assert path.read_text() == '{"a": 1}\n{"c": 2}\n'
+
+
+def test_a_setting_that_only_the_new_run_has_is_a_difference():
+    from trueline.records.manifest import different
+
+    assert different({"a": 1}, {"a": 1, "b": {"c": 2}}) == [("b", "null", '{"c": 2}')]
+    assert different({"b": {"c": 2}}, {"b": {}}) == [("b.c", "2", "null")]
+
+
+def test_what_a_kill_left_beside_a_file_is_in_nobodys_way(tmp_path):
+    from trueline.records.disk import replace_file
+
+    (tmp_path / ".run.json.part").write_text("half of it")
+    replace_file(tmp_path / "run.json", "whole")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"run.json": "whole"}
