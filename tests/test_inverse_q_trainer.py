@@ -898,8 +898,6 @@ def test_two_processes_train_like_one(tmp_path):
 
 def test_a_share_below_one_row_is_made_up_and_never_ahead():
     """A quarter of six rows: three answers in two batches, the second of them the fuller."""
-    from trueline.train.distil.sampling import Plan
-
     plan = Plan.of(0.25, 6)
     drawn = [len(range(plan.size(0))[plan.taken(batch)]) for batch in range(4)]
     assert drawn == [1, 2, 1, 2]
