@@ -212,13 +212,6 @@ def test_runs_to_go_on_with(refuse, name):
     refuse((*argv, "--output", f"r_{name}"), f"r_{name}", ":1", touched=touched)
 
 
-def test_a_training_to_go_on_with(refuse):
-    argv = (*DISTIL, "--principle", "Be brief.", "--prompts", "in.jsonl", "--steps", "1")
-    more = ("--batch-size", "1", "--max-new-tokens", "4", "--resume", "--output", "d_log_junk")
-    touched = ("d_log_junk/manifest.json", "d_log_junk/config.toml")
-    refuse((*argv, *more), "log.jsonl:1", touched=touched)
-
-
 CHAT = {
     # lines -> what is said; the conversation goes on
     "/set": "option",

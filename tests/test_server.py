@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import openai
 import uvicorn
 
 from trueline import LinearAlignment, Request, SamplingParams, SelfCD, generate, load_model
+from trueline.engine.torch_backend import TorchBackend
 from trueline.errors import ConfigError, DataError
 from trueline.server.app import build_app
 from trueline.server.config import Preset, ServeConfig, read_keys, read_presets
@@ -200,6 +202,30 @@ def test_many_clients_at_once_get_their_own_texts(server, tiny):
         [own] = offline(tiny, ours[i % 3], i, temperature=0.9, max_new_tokens=3 + i % 17)
         assert found[i] == own.text
     assert not server[1].engine._jobs
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_that_take_free_places_keep_their_branches_together(tiny, seed):
+    """Places free up anywhere; the branches of who takes them may lie far apart."""
+    methods = [None, LinearAlignment("Talk like a pirate."), SelfCD(alpha=2.0)]
+    requests = [
+        Request(MOON, methods[i % 3], SamplingParams(3 + i % 17, temperature=0.9), i)
+        for i in range(33)
+    ]
+    alone = [c.token_ids for request in requests for c in generate(tiny, [request])]
+    chance, backend = random.Random(seed), TorchBackend(tiny, admission="each_step")
+    order = chance.sample(range(33), 33)
+    found: dict = {}
+    running: dict = {}
+    while order or running:
+        for _ in range(min(len(order), chance.randint(0, 4))):
+            number = order.pop()
+            running[backend.add(backend.encode(requests[number]))] = number
+        for step in backend.step():
+            found.setdefault(running[step.ticket], []).append(step.token_id)
+            if step.finish_reason:
+                del running[step.ticket]
+    assert [found[i] for i in range(33)] == alone
 
 
 def test_who_goes_away_frees_its_rows(server):

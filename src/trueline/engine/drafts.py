@@ -99,6 +99,8 @@ class Group:
 
     drafts: list[Draft] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    """Draft after draft, each in the order of its branches."""
+    places: dict[Draft, dict[int, int]] = field(default_factory=dict)
 
 
 def groups_of(rows: Rows) -> list[Group]:
@@ -110,9 +112,11 @@ def groups_of(rows: Rows) -> list[Group]:
         prompt = draft.ticket.prompt
         key = (_identity(prompt.method), len(draft.branches), _choice(prompt.sampling))
         group = groups.setdefault(key, Group())
-        group.rows.append(row)
-        if branch == draft.branches[0]:
-            group.drafts.append(draft)
+        group.places.setdefault(draft, {})[branch] = row
+    for group in groups.values():
+        group.drafts = list(group.places)
+        # A request that took free places may lie anywhere: its branches are put side by side.
+        group.rows = [places[k] for d, places in group.places.items() for k in d.branches]
     return list(groups.values())
 
 

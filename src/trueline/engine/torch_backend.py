@@ -118,7 +118,7 @@ class TorchBackend:
             return steps
         groups = groups_of(self.rows)
         for group in groups:
-            whole = len(group.rows) == len(self.rows)
+            whole = group.rows == list(range(len(self.rows)))
             steps += choose(self.model, group.drafts, logits if whole else logits[group.rows])
         if self.keep_turns:
             self._store_turns()
