@@ -266,6 +266,12 @@ def test_a_self_cd_teacher_is_judged_by_refusals(tmp_path, prompts):
     assert {row["eval_over_refusal"], row["eval_harmful_refusal"]} <= {0.0, 1.0}
 
 
+def test_the_teachers_gates_are_options(tmp_path, prompts, capsys):
+    for option, value in (("gate", 1.5), ("damping", -1)):
+        assert distil(prompts, tmp_path / "run", "--steps", 1, f"--{option}", value) == 2
+        assert f"`{option}` must be" in capsys.readouterr().err
+
+
 # Folders
 
 

@@ -418,6 +418,23 @@ class TestTemperature:
         plain = ids_of(generate(lm, QUESTIONS, None, SamplingParams(max_new_tokens=8)))
         assert greedy != plain, "the step moves something"
 
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    def test_a_mask_at_a_temperature_of_its_own_goes_to_greedy(self, kind, request):
+        """At the sampling's own a low temperature leaves the prompt's own token alone."""
+        lm = request.getfixturevalue(kind)
+
+        def decoded(temperature, **options):
+            params = SamplingParams(max_new_tokens=8, temperature=temperature)
+            return ids_of(generate(lm, QUESTIONS, LinearAlignment(PRINCIPLE, **options), params))
+
+        greedy = decoded(0.0)
+        for temperature in (1e-4, 1e-6):
+            assert decoded(temperature, mask_temperature=1.0) == greedy
+        prompt = ids_of(generate(lm, QUESTIONS, Plain(PRINCIPLE), SamplingParams(max_new_tokens=8)))
+        assert decoded(1e-4) == prompt != greedy
+        soft = {"mask_temperature": 0.7, "damping": 1.0, "ratio": 4.0}
+        assert decoded(1e-5, **soft) == decoded(0.0, **soft)
+
     def test_every_temperature_divides_the_same_logits(self, llama):
         """The closed form at T, by hand: the whole of z* over T, its step from z itself."""
         method = LinearAlignment(PRINCIPLE, epsilon=6.0, norm=2, candidates=1)

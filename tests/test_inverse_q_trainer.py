@@ -122,7 +122,7 @@ def naive_row(model, method, row, tokens):
     "method",
     [
         LinearAlignment(PRINCIPLE, ratio=1.5, candidates=1),
-        LinearAlignment(PRINCIPLE, ratio=2, candidates=0.9),
+        LinearAlignment(PRINCIPLE, ratio=2, candidates=0.9, gate=0.1, damping=0.5),
         Contrast(principle=PRINCIPLE, negative="Be rude.", guidance=2),
         AdaCD(first_tokens=None),
     ],

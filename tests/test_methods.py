@@ -31,6 +31,7 @@ EXAMPLES = [
     LinearAlignment("Be brief.", epsilon=3.0, norm=2),
     LinearAlignment("Be brief.", epsilon=3.0, norm=1.5, candidates=1),
     LinearAlignment("Be brief.", epsilon=3.0, norm=math.inf, candidates=0.5),
+    LinearAlignment("Be brief.", gate=0.4, damping=1.0, mask_temperature=0.5),
     SelfCD(),
     SelfCD(alpha=1.2, plausibility=0.1, first_tokens=3),
     AdaCD(),
@@ -131,6 +132,101 @@ class TestLinearAlignment:
         torch.testing.assert_close(dual_direction(d, 2), d / d.norm())
         assert dual_direction(d, math.inf).tolist() == [[1, -1, -1]]
         assert dual_direction(torch.full((1, 4), 7.0), 2).tolist() == [[0] * 4]
+
+
+class TestGate:
+    """Where the principle-prompted branch is sure, less of the step is taken."""
+
+    forms = pytest.mark.parametrize("form", [{"ratio": 2.0}, {"epsilon": 4.0}], ids=str)
+
+    def made(self, form, **options):
+        return LinearAlignment("x", candidates=1, **form, **options)
+
+    @forms
+    @pytest.mark.parametrize(("gate", "damping"), [(0.45, 0.0), (1.0, 1.0), (0.6, 0.5), (1, 3.0)])
+    def test_by_hand(self, form, gate, damping):
+        """In floats, row by row: the step from z_p, times what the gate lets through."""
+        method = self.made(form, gate=gate, damping=damping)
+        z = random_logits(method, batch=12)
+        whole = self.made(form).combine(z).tolist()
+        shut = 0
+        for row, far, got in zip(z.tolist(), whole, method.combine(z).tolist(), strict=True):
+            mass = [math.exp(value) for value in row[0]]
+            sure = max(mass) / math.fsum(mass)
+            share = 0.0 if sure > gate else (1 - sure) ** damping
+            shut += share == 0
+            wanted = [p + share * (f - p) for p, f in zip(row[0], far, strict=True)]
+            assert got == pytest.approx(wanted, abs=1e-4)
+        assert gate == 1 or 0 < shut < 12, "rows on both sides of the gate"
+
+    @forms
+    def test_open_is_the_whole_step_and_shut_the_prompt(self, form):
+        z = random_logits(self.made(form))
+        whole = LinearAlignment("x", **form).combine(z)
+        assert torch.equal(LinearAlignment("x", **form, gate=1, damping=0).combine(z), whole)
+        for shut in ({"gate": 0}, {"damping": 1e6}):
+            assert torch.equal(self.made(form, **shut).combine(z), z[:, 0])
+        # Above every confidence a gate is open too.
+        assert torch.equal(LinearAlignment("x", **form, gate=1 - 1e-6).combine(z), whole)
+
+    @given(st.integers(0, 10_000), st.tuples(st.floats(0, 1), st.floats(0, 1)),
+           st.tuples(st.floats(0, 5), st.floats(0, 5)))  # fmt: skip
+    @settings(max_examples=60, deadline=None)
+    def test_a_gate_that_opens_further_lets_more_through(self, seed, gates, dampings):
+        z = random_logits(SelfCD(), seed=seed)
+        (low, high), (soft, hard) = sorted(gates), sorted(dampings)
+
+        def step(gate, damping):
+            method = self.made({"ratio": 2.0}, gate=gate, damping=damping)
+            return (method.combine(z) - z[:, 0]).norm(dim=-1)
+
+        assert (step(low, hard) <= step(high, hard) + 1e-5).all()
+        assert (step(high, hard) <= step(high, soft) + 1e-5).all()
+        assert (step(high, soft) <= step(1.0, 0.0) + 1e-5).all()
+
+    def test_a_certain_branch_stays_as_it_is(self):
+        z = torch.tensor([[[0.0, 200.0, 0.0], [50.0, 0.0, 10.0]]])
+        for damping in (0.3, 1.0, 2.5):
+            out = self.made({"ratio": 5.0}, damping=damping).combine(z)
+            assert torch.equal(out, z[:, 0])
+
+
+class TestMaskTemperature:
+    @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+    @pytest.mark.parametrize("own", [0.5, 1.0, 3.0])
+    def test_candidates_and_gate_read_the_branch_at_it(self, temperature, own):
+        """The logits that were not divided, divided by its own temperature."""
+        method = LinearAlignment("x", ratio=1.0, gate=0.6, damping=1.0, mask_temperature=own)
+        z = random_logits(method, batch=12)
+        got = method.combine_at(z / temperature, temperature)
+        seen = (z[:, 0].double() / own).softmax(-1)
+        keep = nucleus(z[:, 0].double() / own, 0.8)
+        sure = seen.amax(-1, keepdim=True)
+        share = (1 - sure) * (sure <= 0.6)
+        z_p, z_0 = z.double().unbind(1)
+        wanted = ((z_p + share * (z_p - z_0)) / temperature).masked_fill(~keep, -math.inf)
+        torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-4)
+
+    def test_without_one_it_is_that_of_the_sampling(self):
+        z = random_logits(SelfCD())
+        loose, own = LinearAlignment("x"), LinearAlignment("x", mask_temperature=0.5)
+        assert torch.equal(loose.combine_at(z / 0.5, 0.5), own.combine_at(z / 0.5, 0.5))
+        assert not torch.equal(
+            loose.combine_at(z / 0.5, 0.5).isfinite(), loose.combine(z).isfinite()
+        )
+
+    def test_the_releases_step(self):
+        """Its mask at temperature 0.5 and its argmax, with a sort, beside greedy decoding here."""
+        z = random_logits(SelfCD(), batch=200)
+        method = LinearAlignment("x", ratio=3.0, mask_temperature=0.5)
+        moved = 0
+        for (z_p, z_0), chosen in zip(z, method.combine(z).argmax(-1), strict=True):
+            mass, order = (z_p / 0.5).softmax(-1).sort(descending=True)
+            kept = order[(mass.cumsum(-1) - mass) < 0.8]
+            probs = ((4 * z_p - 3 * z_0) / 0.5).softmax(-1)
+            assert chosen == kept[probs[kept].argmax()]
+            moved += int(chosen != z_p.argmax())
+        assert moved > 10
 
 
 class TestSelfCD:
@@ -236,6 +332,9 @@ class TestSystemText:
         ("linear-alignment", {"principle": "x", "candidates": 1.5}, r"in \(0, 1\], got 1.5"),
         ("linear-alignment", {"principle": "x", "epsilon": -1}, "`epsilon` must be"),
         ("linear-alignment", {"principle": "x", "norm": 1}, "`norm` must be"),
+        ("linear-alignment", {"principle": "x", "gate": 1.1}, r"`gate` must be .* \[0, 1\]"),
+        ("linear-alignment", {"principle": "x", "damping": -1}, "`damping` must be"),
+        ("linear-alignment", {"principle": "x", "mask_temperature": 0}, "`mask_temperature` must"),
         ("linear-alignment", {"principle": "x", "alpha": 1}, "belongs to self-cd"),
         ("self-cd", {"alhpa": 1}, 'Did you mean "alpha"'),
         ("self-cd", {"first_tokens": 0}, "`first_tokens` must be a whole number"),

@@ -68,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting(
         group, "--candidates", "candidates", type=float, metavar="X", help="its candidates mask"
     )
+    add_setting(group, "--gate", "teacher_options.gate", type=float, metavar="X",
+                help="confidence of the prompt above which it teaches alone (1)")  # fmt: skip
+    add_setting(group, "--damping", "teacher_options.damping", type=float, metavar="X",
+                help="soft gate: power of 1 - confidence in the ratio (0, none)")  # fmt: skip
     add_setting(group, "--alpha", "teacher_options.alpha", type=float, metavar="X",
                 help="alpha of --teacher self-cd")  # fmt: skip
     add_setting(group, "--tuned", "teacher_options.tuned", metavar="DIR",

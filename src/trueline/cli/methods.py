@@ -7,6 +7,7 @@ import json
 import textwrap
 
 from trueline.methods import METHODS, find_method
+from trueline.methods.linear_alignment import RELEASE_SYSTEM, LinearAlignment
 from trueline.settings.options import options_of
 
 EXAMPLES = """examples:
@@ -14,9 +15,10 @@ EXAMPLES = """examples:
   trueline methods self-cd --json
   trueline methods my_method.py:MyMethod
 """
-REPEAT = """To repeat the papers' scripts exactly, add `--temperature 0.5 --top-k 1`: they divide
-the logits by 0.5 and take the likeliest token. Greedy decoding, the default here, divides by 1, so
-the candidates are another set."""
+REPEAT = f"""To repeat the scripts of Linear Alignment exactly: `--mask-temperature 0.5` (they
+divide the logits by 0.5 before they cut the candidates, and take the likeliest token; greedy
+decoding, the default here, divides by 1), `--system "{RELEASE_SYSTEM}"` (their
+sentence for Qwen, in both branches), and `--ratio 3` for HH or 5 for personal preference."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the methods."""
-    for name in args.names or METHODS:
+    names = args.names or list(METHODS)
+    for name in names:
         cls = find_method(name)
         options = options_of(cls)
         summary = (cls.__doc__ or "").strip().split("\n")[0]
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
             if long:
                 print(_wrapped(f'"{o.default}"', 10))
         print()
-    if not args.json:
+    if not args.json and LinearAlignment.name in names:
         print(REPEAT)
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 LETTERS = "ABCDEFGH"
 PERSONAL_SAMPLING = SamplingParams(max_new_tokens=10)
 """Ten tokens, as the paper's code. Greedy, as its scripts are; they have temperature 0.5 beside it,
-which narrows the candidates: `temperature=0.5, top_k=1` repeats them."""
+which narrows the candidates: `mask_temperature=0.5` repeats them."""
 
 
 def personal_prompt(question: PersonalQuestion) -> str:

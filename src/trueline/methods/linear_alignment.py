@@ -9,17 +9,25 @@ the principle prompt changes, d = z_p - z_0.                                    
 
     ratio form    z* = z_p + ratio (z_p - z_0)                                           [code]
     closed form   z* = z_0 + epsilon sign(g) |g|^(q-1) / ||g||_q^(q-1), 1/norm + 1/q = 1   [recon]
-    candidates    the top-p set of softmax(z_p); all other tokens are out                [code]
+    gate          z_p + w (z* - z_p), w = [max p <= gate] (1 - max p)^damping             [ours]
+    candidates    the top-p set of p = softmax(z_p / T); all other tokens are out        [code]
 
-    here        paper / authors' code
-    ratio       epsilon over the norm of g, plus the principle prompt itself (`ratio`)
-    epsilon     radius of the ball
-    norm        p of the ball's norm
-    candidates  `top_p`, 0.8
+    here              paper / authors' code
+    ratio             epsilon over the norm of g, plus the principle prompt itself (`ratio`)
+    epsilon           radius of the ball
+    norm              p of the ball's norm
+    candidates        `top_p`, 0.8
+    mask_temperature  T, there the sampling's `temperature`
+
+To repeat its scripts: `mask_temperature=0.5` with greedy decoding, and `RELEASE_SYSTEM` as the
+    caller's system message.
+
+The gate is for "extrapolation cliffs" (arXiv 2605.08737): where the prompt alone is near-certain,
+    a format or a name, going further breaks it.
 
 Differs from the paper: its norm and estimator constants are not given, so `norm` is an option. g is
     taken with mean zero over the vocabulary, as any gradient through a softmax has; without that
-    step the closed form would depend on an arbitrary constant in the logits.
+    step the closed form would depend on an arbitrary constant in the logits. No gate there.
 Differs from the authors' code: the principle joins the caller's own system message instead of a
     fixed helpful-assistant sentence. When no candidate has any mass, sampling in the code falls
     back to the principled branch and greedy decoding gives token 0; here masses are compared as
@@ -27,8 +35,6 @@ Differs from the authors' code: the principle joins the caller's own system mess
     the scripts' 0.5. Its `demo.py` has no mask, and the `--topp` of its scripts is never read: the
     candidates are always 0.8. The personal-preference form here words question and principle
     otherwise, prefills no "Answer:", and asks for every user instead of one.
-To repeat its scripts exactly: `temperature=0.5, top_k=1`, which is greedy with the candidates and
-    the closed form at temperature 0.5.
 """
 
 from __future__ import annotations
@@ -40,12 +46,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trueline.errors import check_number, check_text
 from trueline.methods._ops import STRONGEST, extrapolate, nucleus, restrict, with_system
-from trueline.types import Message
+from trueline.types import COLDEST, Message
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+RELEASE_SYSTEM = "You are a helpful assistant."
+"""The sentence that the authors' code keeps in both branches; this is the one for Qwen models."""
 ROUNDING = 1e-4
 """The closed form has full length however small d is; below this d says nothing."""
 
@@ -76,6 +84,15 @@ class LinearAlignment:
     on the candidates."""
     norm: float = 2.0
     """Norm of the closed form's ball: above 1, `inf` allowed."""
+    gate: float = 1.0
+    """Confidence of the principle-prompted branch, the probability of its likeliest token, above
+    which its logits stay as they are; in [0, 1]. 1 is no gate, 0 the principle-prompted model."""
+    damping: float = 0.0
+    """Soft gate: the ratio is multiplied by (1 - confidence) to this power; at least 0. 0 is no
+    gate, 1 the plain product."""
+    mask_temperature: float | None = None
+    """Temperature at which candidates and gates read the principle-prompted branch; by default that
+    of the sampling, with which a low one leaves a single candidate, the prompt's own."""
 
     def __post_init__(self) -> None:
         check_text("principle", self.principle, "State in words what the model is to follow.")
@@ -84,6 +101,10 @@ class LinearAlignment:
         if self.epsilon is not None:
             check_number("epsilon", self.epsilon, low=0, high=STRONGEST)
         check_number("norm", self.norm, low=1, low_open=True, infinite=True)
+        check_number("gate", self.gate, low=0, high=1)
+        check_number("damping", self.damping, low=0, high=STRONGEST)
+        if self.mask_temperature is not None:
+            check_number("mask_temperature", self.mask_temperature, low=COLDEST)
 
     def prompts(self, messages: Sequence[Message]) -> list[list[Message]]:
         """Return the prompt with the principle, and the prompt without it."""
@@ -105,7 +126,25 @@ class LinearAlignment:
             # (z_0 + epsilon step) / T, the step that of the logits themselves
             step = dual_direction((z_p - z_0) * temperature, self.norm)
             z = z_0 + self.epsilon / temperature * step
-        return z if self.candidates == 1 else restrict(z, nucleus(z_p, self.candidates))
+        # z_p / mask_temperature, of logits that are divided by temperature already
+        seen = z_p if self.mask_temperature is None else z_p * (temperature / self.mask_temperature)
+        if self.gate < 1 or self.damping > 0:
+            # z_p + w (z* - z_p)
+            z = z_p.lerp(z, openness(seen, self.gate, self.damping))
+        return z if self.candidates == 1 else restrict(z, nucleus(seen, self.candidates))
+
+
+def openness(
+    logits: Float[Tensor, "batch vocab"], gate: float, damping: float
+) -> Float[Tensor, "batch 1"]:
+    """Return the share of the step that is taken, in [0, 1]: [c <= gate] (1 - c)^damping.
+
+    c is the confidence, the probability of the likeliest token.
+    """
+    # log c = max z - log sum exp z
+    confidence = (logits.amax(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()
+    confidence = confidence.clamp(max=1)
+    return (1 - confidence) ** damping * (confidence <= gate)
 
 
 def dual_direction(d: Float[Tensor, "batch vocab"], norm: float) -> Float[Tensor, "batch vocab"]:

@@ -2,7 +2,7 @@
 
     name               the policy to learn
     principle          the model with the principle in its prompt (context distillation)
-    linear-alignment   the Linear Alignment policy: options `ratio`, `candidates`, `epsilon`, `norm`
+    linear-alignment   the Linear Alignment policy, options `ratio`, `candidates`, `gate` and more
     checkpoints        a tuned model over the start: z_t + ratio (z_t - z_S), option `tuned`
     self-cd, ...       any other method of `METHODS`, with its options
 
