@@ -200,7 +200,7 @@ def test_every_default_of_every_method_is_in_the_help(capsys):
     for name, cls in METHODS.items():
         for option in options_of(cls):
             default = "required" if option.default is REQUIRED else option.default
-            named = {None: "none", False: "off"}.get(default, default)
+            named = {"None": "none", "False": "off"}.get(str(default), default)
             text = f"{named:g}" if isinstance(named, float) else str(named)[:30]
             assert f"{name}: {text}" in shown, (name, option.name)
     sampling = shown[shown.index(" sampling: ") :]
