@@ -89,6 +89,19 @@ def numbers(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in clock} for row in log(folder)]
 
 
+def sessions(folder: Path) -> list[dict]:
+    return json.loads((folder / "manifest.json").read_text())["sessions"]
+
+
+def unfinish(folder: Path) -> None:
+    """Leave what a kill before the weights and the results leaves."""
+    kept = json.loads((folder / "manifest.json").read_text())
+    kept["facts"].pop("over_budget", None)
+    (folder / "manifest.json").write_text(json.dumps({**kept, "finished": False}))
+    (folder / "results.json").unlink()
+    (folder / "adapter_model.safetensors").unlink()
+
+
 # What a run leaves
 
 
@@ -238,12 +251,24 @@ def test_all_weights_can_be_trained(prompts, tmp_path):
     assert call(*argv) == 0
 
 
-def test_a_run_stopped_by_its_budget_says_so(prompts, tmp_path):
-    more = ("--steps", 9, "--learning-rate", "2e-2", "--kl-budget", "0.001")
-    assert distil(prompts, tmp_path / "run", *more) == 0
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["steps"] < 9
+def test_a_run_stopped_by_its_budget_says_so_and_ends_there_again(prompts, tmp_path):
+    """The second call is that after a kill between the last step and the results."""
+    folder = tmp_path / "run"
+    more = ("--steps", 9, "--learning-rate", "2e-2", "--kl-budget", "0.001", "--save-steps", 1)
+    assert distil(prompts, folder, *more) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert 1 < results["steps"] < 9
     assert results["stopped by kl_budget, at a KL to the start of"] > 0.001
+    adapter, steps = (folder / "adapter_model.safetensors").read_bytes(), numbers(folder)
+    unfinish(folder)
+    assert distil(prompts, folder, *more, "--resume") == 0
+    again = json.loads((folder / "results.json").read_text())
+    assert sessions(folder)[-1]["from_step"] == results["steps"] - 1
+    assert again["steps"] == results["steps"]
+    stopped = "stopped by kl_budget, at a KL to the start of"
+    assert again[stopped] == results[stopped]
+    assert (folder / "adapter_model.safetensors").read_bytes() == adapter
+    assert numbers(folder) == steps
 
 
 def test_held_out_prompts_without_a_pattern_give_losses(prompts, tmp_path):
@@ -321,18 +346,16 @@ def test_an_unfinished_run_wants_resume(trained, tmp_path, capsys):
 
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
-    kept = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**kept, "finished": False}))
+    unfinish(folder)
     shutil.rmtree(folder / "checkpoints/checkpoint-4")
     (folder / "checkpoints/checkpoint-3").mkdir()  # a kill while it was written
-    (folder / "adapter_model.safetensors").unlink()
     argv = ("distil", "--config", trained / "config.toml", "--output", folder)
     assert call(*argv) == 2
     assert "Give --resume" in capsys.readouterr().err
     assert call(*argv, "--resume") == 0
     assert same(trained, folder)
     assert numbers(trained) == numbers(folder)
-    assert json.loads((folder / "manifest.json").read_text())["sessions"][-1]["from_step"] == 2
+    assert sessions(folder)[-1]["from_step"] == 2
 
 
 @pytest.mark.slow

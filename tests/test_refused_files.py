@@ -212,6 +212,12 @@ def test_runs_to_go_on_with(refuse, name):
     refuse((*argv, "--output", f"r_{name}"), f"r_{name}", ":1", touched=touched)
 
 
+def test_a_training_to_go_on_with(refuse):
+    argv = (*DISTIL, "--principle", "Be brief.", "--prompts", "in.jsonl", "--steps", "1")
+    more = ("--batch-size", "1", "--max-new-tokens", "4", "--resume", "--output", "d_log_junk")
+    refuse((*argv, *more), "d_log_junk/log.jsonl:1: not a row of this run")
+
+
 CHAT = {
     # lines -> what is said; the conversation goes on
     "/set": "option",

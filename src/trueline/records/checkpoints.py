@@ -16,7 +16,8 @@ def last_checkpoint(folder: Path, *, remove: bool = False) -> Path | None:
     """Return the last whole checkpoint that has steps before it; `remove` all others.
 
     That of the last step is none: a trainer that goes on from it in the middle of an epoch makes
-    one step more before it looks whether it has ended.
+    one step more before it looks whether it has ended, and one that a budget has stopped knows no
+    longer that it was.
     """
     whole = []
     for path in _checkpoints(folder):
@@ -66,9 +67,14 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _ended(checkpoint: Path) -> bool:
+    """Return whether the training ended there: at its last step, or where it was stopped."""
     state = json.loads((checkpoint / NEEDED[0]).read_text(encoding="utf-8"))
     steps = state.get("max_steps") if isinstance(state, dict) else None
-    return isinstance(steps, int) and 0 < steps <= step_of(checkpoint)
+    if isinstance(steps, int) and 0 < steps <= step_of(checkpoint):
+        return True
+    for key in ("stateful_callbacks", "TrainerControl", "args", "should_training_stop"):
+        state = state.get(key) if isinstance(state, dict) else None
+    return state is True
 
 
 def _reads(path: Path) -> bool:

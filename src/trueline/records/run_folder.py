@@ -105,6 +105,8 @@ class RunFolder:
         if self.overwrite:
             self._clear()
             self.overwrite = False
+        if self.resume and self.main and not (self._started or self.finished):
+            last_checkpoint(self.folder / CHECKPOINTS, remove=True)
         self.facts |= {k: v for k, v in (facts or {}).items() if v is not None}
         self._save()
 
@@ -264,7 +266,7 @@ class RunFolder:
         if place.is_symlink():
             raise ConfigError(f'"{place}" is a link, and a run writes through none. Remove it.')
         self.broken = broken_checkpoints(place)
-        self.checkpoint = last_checkpoint(place, remove=self.main)
+        self.checkpoint = last_checkpoint(place)
 
     def _clear(self) -> None:
         """Remove what a run wrote, and nothing else."""

@@ -30,6 +30,8 @@ class TrainingLog(TrainerCallback):
         config: The run's settings as TOML.
         shown: Name in the log -> short name beside the progress.
         progress: Told after every step.
+
+    Raises `DataError` for a log to go on with that a run did not write.
     """
 
     def __init__(
@@ -44,6 +46,10 @@ class TrainingLog(TrainerCallback):
         self.progress, self.what = progress, ""
         self.start = time.perf_counter()
         self.first = 0
+        self.kept = (0, 0.0)
+        """Offset of the end of the checkpoint's last row in the log, and the seconds up to there."""
+        if run is not None and LOG in run.files and not run.overwrite:
+            self.kept = _kept(run)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.callback_handler.callbacks.insert(0, self)
@@ -58,16 +64,8 @@ class TrainingLog(TrainerCallback):
         """Take the folder; cut the log to the checkpoint, and return the seconds up to there."""
         run.start({"effect": getattr(self.trainer, "effect", None)})
         run.write("config.toml", self.config)
-        log, end, seconds = run.lines(LOG), 0, 0.0
-        last = step_of(run.checkpoint) if run.checkpoint else -1
-        for line, place, row in log.rows():
-            step, took = row.get("step"), row.get("seconds")
-            if not isinstance(step, int) or not isinstance(took, (int, float)):
-                raise log.foreign(line)
-            if step > last:
-                break
-            end, seconds = place, float(took)
-        log.cut(end)
+        end, seconds = self.kept
+        run.lines(LOG).cut(end)
         return seconds
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -98,6 +96,20 @@ class TrainingLog(TrainerCallback):
     def _tell(self, state: Any) -> None:
         if self.progress is not None and state.is_world_process_zero:
             self.progress(self.what, state.global_step, state.max_steps)
+
+
+def _kept(run: RunFolder) -> tuple[int, float]:
+    """Return where in the log the checkpoint's rows end, and its seconds up to there."""
+    log, end, seconds = run.lines(LOG), 0, 0.0
+    last = step_of(run.checkpoint) if run.checkpoint else -1
+    for line, place, row in log.rows():
+        step, took = row.get("step"), row.get("seconds")
+        if not isinstance(step, int) or not isinstance(took, (int, float)):
+            raise log.foreign(line)
+        if step > last:
+            break
+        end, seconds = place, float(took)
+    return end, seconds
 
 
 @contextlib.contextmanager
