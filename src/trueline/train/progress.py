@@ -47,7 +47,7 @@ class TrainingLog(TrainerCallback):
         self.start = time.perf_counter()
         self.first = 0
         self.kept = (0, 0.0)
-        """Offset of the end of the checkpoint's last row in the log, and the seconds up to there."""
+        """Where the checkpoint's last row ends in the log, and the seconds up to there."""
         if run is not None and LOG in run.files and not run.overwrite:
             self.kept = _kept(run)
         for callback in (PrinterCallback, ProgressCallback):
