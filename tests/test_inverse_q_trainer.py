@@ -32,7 +32,7 @@ from trueline.types import Request
 peft = pytest.importorskip("peft")
 
 from trueline.train.distil.policies import policies, rules_out, teacher_effect  # noqa: E402
-from trueline.train.distil.sampling import Plan, own_answers, seed_of  # noqa: E402
+from trueline.train.distil.sampling import Guide, Plan, own_answers, seed_of  # noqa: E402
 from trueline.train.distil.teachers import TEACHERS, make_teacher, teacher_of  # noqa: E402
 from trueline.train.distil.trainer import InverseQConfig, InverseQTrainer  # noqa: E402
 
@@ -846,16 +846,19 @@ def test_every_setting_has_help():
     assert set(TEACHERS) >= {"principle", "linear-alignment", "checkpoints", "self-cd", "ada-cd"}
 
 
-@pytest.mark.parametrize(("guided", "rows"), [(0.25, 4), (0.3, 6), (0.5, 3), (0.1, 4), (0.7, 5)])
-def test_a_plan_takes_its_share_and_every_answer_of_a_pool_once(guided, rows):
+@pytest.mark.parametrize(
+    ("guided", "rows", "pool"),
+    [(0.25, 4, 16), (0.3, 6, 15), (0.5, 3, 12), (0.1, 4, 16), (0.7, 5, 14), (0.25, 32, 32)],
+)
+def test_a_plan_takes_its_share_and_every_answer_of_a_pool_once(guided, rows, pool):
     plan, total = Plan.of(guided, rows), 0
+    assert plan.size(0) == pool
     for first in range(0, 40 * plan.every, plan.every):
         taken = []
         for batch in range(first, first + plan.every):
             assert plan.first(batch) == first
             taken += range(plan.size(first))[plan.taken(batch)]
         assert taken == list(range(plan.size(first)))
-        assert len(taken) <= rows + 1
         total += len(taken)
     assert abs(total - guided * rows * 40 * plan.every) <= 1
     assert Plan.of(guided, rows, stream=True).every == 1
@@ -899,6 +902,22 @@ def test_two_processes_train_like_one(tmp_path):
 def test_a_share_below_one_row_is_made_up_and_never_ahead():
     """A quarter of six rows: three answers in two batches, the second of them the fuller."""
     plan = Plan.of(0.25, 6)
-    drawn = [len(range(plan.size(0))[plan.taken(batch)]) for batch in range(4)]
-    assert drawn == [1, 2, 1, 2]
+    drawn = [len(range(plan.size(0))[plan.taken(batch)]) for batch in range(plan.every)]
+    assert drawn == [1, 2] * 5
     assert plan.size(0) == sum(drawn)
+
+
+def test_nothing_is_drawn_for_batches_that_never_come():
+    """Two answers a batch, pools of eight batches: the eleventh batch is the last."""
+    asked = []
+
+    def draw(rows, seeds):
+        asked.append((rows, seeds))
+        return list(zip(rows, seeds, strict=True))
+
+    guide, source = Guide(Plan(2, 8), draw), list(range(100))
+    found = [guide.answers(batch, 11, source, 7) for batch in range(11)]
+    assert [len(rows) for rows, _ in asked] == [16, 6]
+    assert all(len(answers) == 2 for answers in found)
+    more = Guide(Plan(2, 8), draw)
+    assert [more.answers(batch, 16, source, 7) for batch in range(11)] == found

@@ -48,8 +48,13 @@ def score(
     for part in _parts(keys, rows):
         found = _forward(model, base, part, keys, items)
         for i in part:
-            z = [found[key][-len(items[i].tokens) :].float() for key in keys[i]]
-            yield torch.stack([branch.to(z[0].device) for branch in z], 1)
+            yield _side_by_side([found[key][-len(items[i].tokens) :] for key in keys[i]])
+        del found  # before the next forward needs the memory
+
+
+def _side_by_side(branches: Sequence[Tensor]) -> Tensor:
+    """Return logits (time, branch, vocab) in float32 of branches (time, vocab) on any devices."""
+    return torch.stack([z.to(branches[0].device, torch.float32) for z in branches], 1)
 
 
 def longest_first(items: Sequence[Continuation]) -> list[int]:

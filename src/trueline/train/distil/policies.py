@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 DEFAULT_FLOOR = 1e-3
 """Share of the reference mixed into a teacher that rules tokens out."""
+SLICE = 16
+"""Positions that are combined at once: what lies between branches and teacher is not held for
+more, and stays in the processor's cache."""
 
 
 @torch.no_grad()
@@ -58,21 +61,32 @@ def policies(
     ]
     base = None if tuned is None else reference
     found = score(tuned or reference, items, rows=batch_rows, base=base)
-    for i, logits in enumerate(found):
-        z, method = logits if temperature == 1 else logits / temperature, lessons[i].method
-        z_s = z[:, 0]
-        if method is None:
-            yield i, z_s, z_s
-            continue
-        z_star = combined(method, z[:, 1:], temperature=temperature)
-        masked = rules_out(cast(Hashable, method), z.shape[1] - 1)
-        share = floor if floor is not None else DEFAULT_FLOOR if masked else 0.0
-        if masked and share == 0:
-            raise ConfigError(
-                f'`floor` is 0, but teacher "{teacher.name}" rules tokens out: its divergence '
-                f"is infinite. Give a `floor` such as {DEFAULT_FLOOR}, or no mask."
-            )
-        yield i, floored(z_star, z_s, share) if share else z_star, z_s
+    for i, z in enumerate(found):
+        yield i, *_pair(teacher, lessons[i].method, z, temperature, floor)
+        del z  # before the next forward needs the memory
+
+
+def _pair(
+    teacher: Teacher, method: Method | None, z: Tensor, temperature: float, floor: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return the teacher's and the reference's logits from those of all rows of a lesson."""
+    z = z if temperature == 1 else z / temperature
+    z_s = z[:, 0]
+    if method is None:
+        return z_s, z_s
+    masked = rules_out(cast(Hashable, method), z.shape[1] - 1)
+    share = floor if floor is not None else DEFAULT_FLOOR if masked else 0.0
+    if masked and share == 0:
+        raise ConfigError(
+            f'`floor` is 0, but teacher "{teacher.name}" rules tokens out: its divergence '
+            f"is infinite. Give a `floor` such as {DEFAULT_FLOOR}, or no mask."
+        )
+    z_star = torch.empty_like(z_s)
+    for t in range(0, len(z), SLICE):
+        now = slice(t, t + SLICE)
+        part = combined(method, z[now, 1:], t, temperature=temperature)
+        z_star[now] = floored(part, z_s[now], share) if share else part
+    return z_star, z_s
 
 
 def _adapters(teacher: Teacher, lesson: Lesson) -> tuple[bool, ...] | None:

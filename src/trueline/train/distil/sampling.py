@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
 
 Row = Mapping[str, Any]
+POOL = 16
+"""Answers that the teacher draws as one for small batches: a few rows cost a CPU hardly less."""
 Taught = list[tuple[Lesson, list[int]]]
 """Lessons with the answers that the teacher drew."""
 
@@ -119,7 +121,8 @@ class Plan:
     """How many answers of each batch the teacher draws, and which batches share a pool.
 
     The teacher is frozen, so the answers of some batches to come are drawn as one: about as many as
-    a batch has rows. A share of less than one row is made up over several batches.
+    a batch has rows, or `POOL` for a small batch, but no more than four times its rows. A share of
+    less than one row is made up over several batches.
     """
 
     share: float
@@ -130,7 +133,10 @@ class Plan:
     @classmethod
     def of(cls, guided: float, rows: int, *, stream: bool = False) -> Plan:
         """Return the plan for batches of `rows` rows; a stream has only its batch."""
-        return cls(guided * rows, 1 if stream or guided == 0 else max(1, int(1 / guided)))
+        if stream or guided == 0:
+            return cls(guided * rows, 1)
+        together = max(rows, min(POOL, 4 * rows))
+        return cls(guided * rows, max(1, int(together / (guided * rows))))
 
     def first(self, batch: int) -> int:
         """Return the first batch of the pool of this one."""
@@ -156,11 +162,12 @@ class Guide:
         self.plan, self.draw = plan, draw
         self._pool: tuple[int, Taught] = (-1, [])
 
-    def answers(self, batch: int, source: Any, *key: int) -> Taught:
+    def answers(self, batch: int, batches: int, source: Any, *key: int) -> Taught:
         """Return the lessons and answers of a batch.
 
         Args:
             batch: Its number.
+            batches: How many there are in all: nothing is drawn for later ones.
             source: Rows that have a teacher, by number; `key` and the pool choose among them.
             *key: What else decides the choice and the draws: the run's seed, the process.
         """
@@ -169,6 +176,7 @@ class Guide:
             count = self.plan.size(first) if len(source) else 0
             chooser = torch.Generator().manual_seed(seed_of("rows", first, *key))
             picks = torch.randint(len(source) or 1, (count,), generator=chooser).tolist()
-            seeds = [seed_of("teacher", first, i, *key) for i in range(count)]
+            del picks[self.plan.taken(min(first + self.plan.every, batches) - 1).stop :]
+            seeds = [seed_of("teacher", first, i, *key) for i in range(len(picks))]
             self._pool = first, self.draw([source[i] for i in picks], seeds)
         return self._pool[1][self.plan.taken(batch)]

@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -239,7 +240,8 @@ class InverseQTrainer(Trainer):
             if self._guide is None:
                 share, stream = args.guided_share, self._taught is None
                 self._guide = Guide(Plan.of(share, len(rows), stream=stream), self._teach)
-            guided = self._guide.answers(batch, source, *key)
+            batches = ceil(self.state.max_steps / args.reuse)
+            guided = self._guide.answers(batch, batches, source, *key)
         lessons = [self._lesson(row) for row in rows[len(guided) :]]
         seeds = [seed_of("student", batch, i, *key) for i in range(len(lessons))]
         own = self._own(lessons, seeds)
