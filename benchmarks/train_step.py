@@ -1,13 +1,13 @@
 """What a training step costs: Inverse-Q* next to TRL's GRPO and SFT, in seconds and memory.
 
-    python benchmarks/train_step.py --output out/train_step      # 15 minutes of one core
+    python benchmarks/train_step.py --output out/train_step      # 50 minutes of one core
     python benchmarks/train_step.py --quick                      # a model of two layers
 
 Equal batch, equal prompt and completion length, the same LoRA, float32, a random model with the
 shape of SmolLM-135M; no two prompts of a batch begin alike. Every contender runs in a process of
 its own, in turn, `--rounds` times. A process's time is the mean over its steps but the first, from
 the end of one to the end of the next, which are a whole cycle of drawing guided answers (every
-1 / `guided` steps); the table has the least over rounds. Memory is the peak.
+16 steps here); the table has the least over rounds. Memory is the peak.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=4, help="responses of a step (4)")
     add("--prompt", type=int, default=64, help="tokens of a prompt, about (64)")
     add("--completion", type=int, default=64, help="tokens of a completion (64)")
-    add("--steps", type=int, default=4, help="timed steps of a process (4)")
+    add("--steps", type=int, default=16, help="timed steps of a process (16)")
     add("--rounds", type=int, default=2, help="processes of each contender (2)")
     add("--threads", type=int, default=1)
     add("--quick", action="store_true", help="two layers, one step: a test, no result")

@@ -51,8 +51,13 @@ class Samples:
 
     def parts(self, count: int) -> list[Samples]:
         """Return the same answers in `count` parts of equal size."""
-        size = len(self.lessons) // count
-        cuts = [slice(i * size, (i + 1) * size) for i in range(count)]
+        return self.rows(len(self.lessons) // count)
+
+    def rows(self, most: int) -> list[Samples]:
+        """Return the same answers in pieces of at most so many rows, of equal size but the last."""
+        pieces = -(-len(self.lessons) // most)
+        size = -(-len(self.lessons) // pieces)
+        cuts = [slice(i, i + size) for i in range(0, len(self.lessons), size)]
         return [Samples(self.lessons[c], self.answers[c], self.measured[c]) for c in cuts]
 
 

@@ -51,6 +51,20 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: InverseQConfi
     return model
 
 
+def activation_bytes(model: Any) -> int:
+    """Return about how many bytes a forward keeps for its backward, a token.
+
+    Of a block: eight of the hidden size (two norms with their results, three of attention, what
+    comes out of it) and four of the inner one, in the model's dtype; and the logits, in float32.
+    """
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    widest = max(inner) if isinstance(inner, list) else inner  # some models have one a layer
+    block = 8 * config.hidden_size + 4 * widest
+    size = next(model.parameters()).element_size()
+    return int(config.num_hidden_layers * block * size + 4 * config.vocab_size)
+
+
 class Reference:
     """The start of a student: its model with the adapter off, or else a frozen copy.
 

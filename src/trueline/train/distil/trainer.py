@@ -56,7 +56,7 @@ from trueline.train.distil.sampling import (
     seed_of,
     taught_answers,
 )
-from trueline.train.distil.student import Reference, evaluating, student_of
+from trueline.train.distil.student import Reference, activation_bytes, evaluating, student_of
 from trueline.train.distil.teachers import Lesson, make_teacher, teacher_of
 from trueline.types import Method, SamplingParams
 
@@ -66,6 +66,9 @@ if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
 
 __all__ = ["LOSSES", "InverseQConfig", "InverseQTrainer"]
+ACTIVATIONS = 512 << 20
+"""Bytes that one forward on a CPU keeps for its backward, about, unless one row alone takes more:
+the sum of the gradients is the same, and so is the time, as a few hundred tokens fill the cores."""
 EFFECT_TOKENS = 32
 """Length of the answers on which a teacher's effect is measured."""
 
@@ -99,14 +102,14 @@ class InverseQTrainer(Trainer):
     over_budget: float | None
     """The KL to the reference at which `kl_budget` stopped the training."""
     _guide: Guide | None
-    _samples: list[Samples]
-    """Of the update under way, part by part."""
+    _samples: list[list[Samples]]
+    """Of the update under way, part by part; each cut into what one forward takes."""
     _sums: dict[str, Sums]
     """Since the last log: of "loss", of "eval_loss"."""
     _step: Sums
     """Of the update under way."""
     _left: int
-    """Parts of it that are still to come."""
+    """Forwards of it that are still to come."""
     _seconds: float
     """Of sampling and learning since the last log."""
 
@@ -217,14 +220,16 @@ class InverseQTrainer(Trainer):
         started, step = time.perf_counter(), self.state.global_step
         if step % self.args.reuse == 0:
             rows = [row for part in parts for row in part]
-            self._samples = self._sample(rows, step // self.args.reuse).parts(len(parts))
+            drawn = self._sample(rows, step // self.args.reuse)
+            self._samples = [self._cut(part) for part in drawn.parts(len(parts))]
         elif not self._samples:
             raise ConfigError(
                 f"Step {step} came between two uses of the same samples, which no checkpoint "
                 f"holds. Resume from a multiple of `reuse` ({self.args.reuse})."
             )
-        tokens = torch.tensor(sum(x.tokens for x in self._samples), device=self.accelerator.device)
-        self._step, self._left = Sums(), len(self._samples)
+        cuts = [x for part in self._samples for x in part]
+        tokens = torch.tensor(sum(x.tokens for x in cuts), device=self.accelerator.device)
+        self._step, self._left = Sums(), len(cuts)
         self._seconds += time.perf_counter() - started
         return [{"samples": x} for x in self._samples], self.accelerator.gather(tokens).sum()
 
@@ -249,6 +254,15 @@ class InverseQTrainer(Trainer):
         measured = [not lessons] * len(guided) + [True] * len(own)
         lessons = [lesson for lesson, _ in guided] + lessons
         return Samples(lessons, [answer for _, answer in guided] + own, measured)
+
+    def _cut(self, part: Samples) -> list[Samples]:
+        """Return a part as one process on a CPU learns from it: so many rows at a time as fit."""
+        if self.accelerator.num_processes > 1 or self.accelerator.device.type != "cpu":
+            return [part]
+        longest = max(
+            len(x.prompt) + len(y) for x, y in zip(part.lessons, part.answers, strict=True)
+        )
+        return part.rows(max(1, ACTIVATIONS // (longest * activation_bytes(self.student.model))))
 
     def _own(self, lessons: list[Lesson], seeds: list[int]) -> list[list[int]]:
         with evaluating(self.model), self._fast(self.model, len(lessons)):
@@ -320,12 +334,15 @@ class InverseQTrainer(Trainer):
                 self.over_budget = kl
                 self.control.should_training_stop = True
 
-    def training_step(self, *args: Any, **options: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Make one part of an update, and take its time."""
         started = time.perf_counter()
-        loss: Tensor = super().training_step(*args, **options)
+        losses = [
+            super(InverseQTrainer, self).training_step(model, {"samples": cut}, num_items_in_batch)
+            for cut in inputs["samples"]
+        ]
         self._seconds += time.perf_counter() - started
-        return loss
+        return torch.stack(losses).sum()
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
