@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -27,10 +28,14 @@ from trueline import (
     SamplingParams,
     SelfCD,
     generate,
+    load_model,
 )
 from trueline.engine.batch import Batch
 from trueline.engine.cache import PrefixStore
+from trueline.engine.protocol import Continuation
 from trueline.engine.scheduler import Scheduler
+from trueline.engine.torch_backend import TorchBackend
+from trueline.models.adapter import BASE
 from trueline.models.prompts import encode
 
 QUESTIONS = ["Hi", "What is the moon made of, and what is it for?", "Name three birds, please."]
@@ -284,7 +289,7 @@ class TestPrefixes:
         shared, own = [(5, 6, 7, 8, n) for n in range(2)]
         prompts = [Prompt([[*shared, 9]], prefixes=(shared,))] * 4
         decoder.complete([*prompts, Prompt([[*own, 9]], prefixes=(own,))])
-        assert list(decoder.backend.store.entries) == [(True, shared)]
+        assert list(decoder.backend.store.entries) == [(BASE, shared)]
 
     def test_the_adapter_is_part_of_the_key(self, tuned):
         """Its keys and values off the adapter are others: two entries, and the right one each."""
@@ -298,27 +303,26 @@ class TestPrefixes:
         expected = [ids_of(apart.complete([p])) for p in (both, plain)]
         for _ in range(2):
             assert [ids_of(decoder.complete([p])) for p in (both, plain)] == expected
-        assert [on for on, _ in decoder.backend.store.entries] == [False, True]
+        assert [name for name, _ in decoder.backend.store.entries] == ["__base__", "default"]
         store = decoder.backend.store
         ids = next(key[1] for key in store.entries)
-        for on in (True, False, False, True):
-            entry = store.entries[on, ids]
-            assert store.longest(on, ids)[0] is entry
+        for name in ("default", BASE, BASE, "default"):
+            assert store.longest(name, ids)[0] is store.entries[name, ids]
 
     def test_bounded_by_number_and_by_bytes(self, llama):
-        batch = Batch(llama, [[5, 6, 7, 8]], [True])
+        batch = Batch(llama, [[5, 6, 7, 8]], [BASE])
         batch.prefill(None)
         one = PrefixStore()
-        one.put(True, [5, 6, 7, 8], batch.cache, 0)
+        one.put(BASE, [5, 6, 7, 8], batch.cache, 0)
         few = PrefixStore(max_bytes=2 * one.nbytes)
         for n in range(5):
-            few.put(True, [n, 6, 7, 8], batch.cache, 0)
+            few.put(BASE, [n, 6, 7, 8], batch.cache, 0)
         assert [ids[0] for _, ids in few.entries] == [3, 4]
-        assert few.knows((True, (3, 6, 7, 8)))
-        few.put(True, [9, 6, 7, 8], batch.cache, 0)
+        assert few.knows((BASE, (3, 6, 7, 8)))
+        few.put(BASE, [9, 6, 7, 8], batch.cache, 0)
         assert [ids[0] for _, ids in few.entries] == [3, 9], "the least recently used goes"
         none = PrefixStore(max_bytes=one.nbytes - 1)
-        none.put(True, [5, 6, 7, 8], batch.cache, 0)
+        none.put(BASE, [5, 6, 7, 8], batch.cache, 0)
         assert not none.entries
 
     def test_system_texts_are_not_remembered_for_ever(self, llama):
@@ -333,14 +337,14 @@ class TestPrefixes:
 def test_adapters_off_are_kept_apart_where_a_batch_is_cut(tuned):
     """`select` and `join` move the switch of each row with its keys and values."""
     rows = [encode(tuned, [{"role": "user", "content": q}]) for q in QUESTIONS]
-    batch = Batch(tuned, rows, [True, False, True])
+    batch = Batch(tuned, rows, ["default", BASE, "default"])
     with torch.inference_mode():
         batch.prefill(None)
         batch.select([1, 2])
-        other = Batch(tuned, rows[:2], [False, True])
+        other = Batch(tuned, rows[:2], [BASE, "default"])
         other.prefill(None)
         assert batch.join(other, [0]) == [0, 2]
-    assert batch.adapters == [False, True, True]
+    assert batch.adapters == [BASE, "default", "default"]
 
 
 class TestChoice:
@@ -374,13 +378,13 @@ class TestChoice:
 
     def test_a_row_that_is_known_whole_still_computes_its_last_token(self, llama):
         ids = [5, 6, 7, 8, 9]
-        batch = Batch(llama, [ids], [True])
+        batch = Batch(llama, [ids], [BASE])
         with torch.inference_mode():
             expected = batch.prefill(None)
             store = PrefixStore()
-            store.put(True, ids, batch.cache, 0)
-            cache = store.fill([ids, ids], [True, True])
-            again = Batch(llama, [ids, ids], [True, True]).prefill(store)
+            store.put(BASE, ids, batch.cache, 0)
+            cache = store.fill([ids, ids], [BASE, BASE])
+            again = Batch(llama, [ids, ids], [BASE, BASE]).prefill(store)
         assert cache.get_seq_length() == 4
         torch.testing.assert_close(again, expected.expand(2, -1), atol=1e-5, rtol=1e-4)
 
@@ -485,3 +489,111 @@ class TestOwnMethods:
         params = SamplingParams(max_new_tokens=4)
         found = generate(llama, QUESTIONS, Mine(["a"]), params)
         assert ids_of(found) == ids_of(generate(llama, QUESTIONS, Plain(), params))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """A model's folder, and three adapters on different modules of it."""
+    peft, home = pytest.importorskip("peft"), tmp_path_factory.mktemp("adapters")
+    base = random_model("llama")
+    base.save_pretrained(home / "base")
+    byte_tokenizer(CHATML).save_pretrained(home / "base")
+    targets = {"one": ["q_proj", "v_proj"], "two": ["down_proj"], "three": ["q_proj"]}
+    for seed, (name, modules) in enumerate(targets.items()):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(
+            r=2 + seed, target_modules=modules, task_type="CAUSAL_LM", init_lora_weights=False
+        )
+        peft.get_peft_model(random_model("llama"), config).save_pretrained(home / name)
+    return home
+
+
+class TestAdaptersByName:
+    NAMES = ("one", "two", "three")
+
+    def model(self, home, **options):
+        return load_model(home / "base", dtype="float32", **options)
+
+    def all(self, home):
+        return self.model(home, adapters={name: home / name for name in self.NAMES})
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_each_request_gets_what_its_adapter_gives_alone(self, adapters, seed):
+        """Methods, numbers of branches and adapters mixed; requests join and leave at random."""
+        methods = [Plain(), LinearAlignment(PRINCIPLE), SelfCD(), Contrast(base=True, guidance=2)]
+        alone, every = {}, self.all(adapters)
+        requests = []
+        for i in range(24):
+            name, method = (None, *self.NAMES)[i % 4], methods[(i // 4) % 4]
+            if name is None and method is methods[3]:
+                method = Plain()
+            params = SamplingParams(4 + i % 9, temperature=0.9 * (i % 2))
+            requests.append(Request(QUESTIONS[i % 3], method, params, i, name))
+        for name in (None, *self.NAMES):
+            own = self.model(adapters, adapter=name and adapters / name)
+            for i, request in enumerate(requests):
+                if request.adapter == name:
+                    given = dataclasses.replace(request, adapter=None)
+                    [alone[i]] = ids_of(generate(own, [given]))
+        chance = random.Random(seed)
+        backend = TorchBackend(every, batch_size=9, admission="each_step")
+        order, running, found = chance.sample(range(24), 24), {}, {}
+        while order or running:
+            for _ in range(min(len(order), chance.randint(0, 4))):
+                number = order.pop()
+                running[backend.add(backend.encode(requests[number]))] = number
+            for step in backend.step():
+                found.setdefault(running[step.ticket], []).append(step.token_id)
+                if step.finish_reason:
+                    del running[step.ticket]
+        assert found == alone
+        assert ids_of(generate(every, requests)) == [alone[i] for i in range(24)]
+        assert len({tuple(alone[i]) for i in (0, 1, 2, 3)}) == 4
+
+    def test_one_may_be_on_for_those_who_name_none(self, adapters):
+        both = self.model(adapters, adapter=adapters / "one", adapters={"b": adapters / "two"})
+        given = [Request("Hi"), Request("Hi", adapter="b"), Request("Hi")]
+        first = generate(self.model(adapters, adapter=adapters / "one"), "Hi")
+        second = generate(self.model(adapters, adapter=adapters / "two"), "Hi")
+        assert ids_of(generate(both, given)) == ids_of([*first, *second, *first])
+
+    def test_prefixes_of_one_adapter_are_not_anothers(self, adapters):
+        every, system = self.all(adapters), {"role": "system", "content": "You are very kind."}
+        chat = [system, {"role": "user", "content": "Hi"}]
+        decoder = Decoder(every)
+        for name in (None, *self.NAMES, None):
+            [got] = decoder.complete([decoder.encode(Request(chat, adapter=name))])
+            own = self.model(adapters, adapter=name and adapters / name)
+            assert got.token_ids == generate(own, [chat])[0].token_ids
+        assert {name for name, _ in decoder.backend.store.entries} == {BASE, *self.NAMES}
+
+    def test_scoring_is_of_the_model_that_names_none(self, adapters):
+        item = Continuation([[5, 6, 7]], [8, 9])
+        [got] = Decoder(self.all(adapters)).score([item])
+        [own] = Decoder(self.model(adapters)).score([item])
+        torch.testing.assert_close(got, own)
+
+    def test_what_cannot_be_is_refused(self, adapters, tmp_path):
+        every = self.all(adapters)
+        with pytest.raises(ConfigError, match='no adapter "onne". Did you mean "one"?'):
+            generate(every, [Request("Hi", adapter="onne")])
+        with pytest.raises(ConfigError, match='no adapter "default"'):
+            generate(every, [Request("Hi", adapter="default")])
+        with pytest.raises(ModelError, match="has no adapter. Pass"):
+            generate(every, "Hi", Contrast(base=True))
+        for wrong in (
+            {"a.b": "x"},
+            {"q_proj": adapters / "one"},
+            {"default": "x"},
+            {1: "x"},
+            {"a": 1},
+            ["a"],
+        ):
+            with pytest.raises(ConfigError, match="dapter"):
+                load_model(adapters / "base", adapters=wrong)
+        import peft
+
+        config = peft.LoraConfig(target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+        peft.get_peft_model(random_model("llama"), config).save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match="cannot run side by side: .*DoRA"):
+            self.model(adapters, adapters={"dora": tmp_path, "one": adapters / "one"})

@@ -7,7 +7,7 @@ import torch
 from trueline.engine.cache import PrefixStore, new_cache
 
 
-def filled(store: PrefixStore, adapter: bool, *ids: int) -> list[torch.Tensor]:
+def filled(store: PrefixStore, adapter: str, *ids: int) -> list[torch.Tensor]:
     """Put one row of random keys and values into the store, and return them."""
     cache = new_cache(1)
     generator = torch.Generator().manual_seed(sum(ids))
@@ -20,24 +20,24 @@ def filled(store: PrefixStore, adapter: bool, *ids: int) -> list[torch.Tensor]:
 def test_as_many_as_its_size_are_kept_and_the_oldest_goes_first():
     store = PrefixStore(size=2)
     for ids in ((1, 2), (3, 4)):
-        filled(store, True, *ids)
-    assert list(store.entries) == [(True, (1, 2)), (True, (3, 4))]
-    filled(store, True, 5, 6)
-    assert list(store.entries) == [(True, (3, 4)), (True, (5, 6))]
+        filled(store, "a", *ids)
+    assert list(store.entries) == [("a", (1, 2)), ("a", (3, 4))]
+    filled(store, "a", 5, 6)
+    assert list(store.entries) == [("a", (3, 4)), ("a", (5, 6))]
 
 
 def test_turns_with_the_adapter_off_are_not_forgotten_for_turns_with_it_on():
     store = PrefixStore()
-    for on in (True, False):
+    for on in ("a", "b"):
         filled(store, on, 1, 2)
-    store.drop_shorter(True, [1, 2, 3])
-    assert list(store.entries) == [(False, (1, 2))]
+    store.drop_shorter("a", [1, 2, 3])
+    assert list(store.entries) == [("b", (1, 2))]
 
 
 def test_a_row_that_shares_one_id_gets_its_one_column():
     store = PrefixStore()
-    long, short = filled(store, True, 1, 2, 3, 4), filled(store, True, 7)
-    cache = store.fill([[1, 2, 3, 4, 5], [7, 8]], [True, True])
+    long, short = filled(store, "a", 1, 2, 3, 4), filled(store, "a", 7)
+    cache = store.fill([[1, 2, 3, 4, 5], [7, 8]], ["a", "a"])
     assert cache is not None
     for part, whole in enumerate((cache.layers[0].keys, cache.layers[0].values)):
         assert whole.shape == (2, 2, 4, 4)

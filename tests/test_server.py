@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="the server needs: pip install 'trueline[serve]'")
 pytest.importorskip("openai", reason="the server's tests need the package openai")
@@ -156,6 +157,59 @@ def test_presets_are_models(client, tiny):
     )
     [prompted] = offline(tiny, LinearAlignment("Talk like a pirate.", ratio=0))
     assert again.choices[0].message.content == prompted.text
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory):
+    """Two adapters of the bundled model, in folders."""
+    peft, home = pytest.importorskip("peft"), tmp_path_factory.mktemp("adapters")
+    found = {}
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(load_model("tiny", dtype="float32").model, config)
+        for key, weight in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(weight, std=0.5)
+        model.save_pretrained(home / name)
+        found[name] = home / name
+    return found
+
+
+def test_adapters_are_models_and_run_together(adapters):
+    """One server, four models, at once: each answer is that of its adapter alone."""
+    presets = {"pirate": Preset(LinearAlignment("Talk like a pirate."), {"temperature": 0.0})}
+    model = load_model("tiny", dtype="float32", adapters=adapters)
+    names, found = ["tiny", "first", "second"], {}
+    names += [f"{name}:pirate" for name in names]
+    with serving(model, ServeConfig(presets=presets)) as (address, _):
+        listed = httpx.get(f"{address}/v1/models").json()["data"]
+        assert [m["id"] for m in listed] == names
+        assert [m.get("parent") for m in listed] == [None, *["tiny"] * 5]
+
+        def ask(i):
+            body = {"model": names[i % 6], "messages": MOON, "temperature": 0, "max_tokens": 20}
+            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+            found[i] = answer.json()["choices"][0]["message"]["content"]
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(18)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wrong = httpx.post(
+            f"{address}/v1/chat/completions", json={"model": "frist", "messages": MOON}
+        )
+        assert wrong.status_code == 404
+        assert 'Did you mean "first"?' in wrong.json()["error"]["message"]
+    for place, name in enumerate(names[:3]):
+        alone = load_model("tiny", dtype="float32", adapter=adapters.get(name))
+        for i, method in ((place, None), (place + 3, LinearAlignment("Talk like a pirate."))):
+            [own] = offline(alone, method, max_new_tokens=20)
+            assert {found[i], found[i + 6], found[i + 12]} == {own.text}
+    assert len({found[0], found[1], found[2]}) == 3
+    with pytest.raises(ConfigError, match="both called"):
+        build_app(model, ServeConfig(name="first"))
 
 
 def test_parts_of_text_are_joined(client, tiny):
@@ -439,13 +493,16 @@ def test_presets_and_keys_come_from_files(tmp_path, monkeypatch):
             read_keys(path)
 
 
-def test_the_command_serves_and_ends_when_told(tmp_path):
+def test_the_command_serves_and_ends_when_told(adapters):
     command = [sys.executable, "-m", "trueline", "serve", "--port", "0"]
+    named = [f"--adapter={name}={folder}" for name, folder in adapters.items()]
+    command += named
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         address = process.stdout.readline().strip()
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-            got = client.chat.completions.create(model="tiny", messages=MOON, max_tokens=5)
+            assert [m.id for m in client.models.list()] == ["tiny", "first", "second"]
+            got = client.chat.completions.create(model="second", messages=MOON, max_tokens=5)
         assert got.usage.completion_tokens
         process.terminate()
         assert "Traceback" not in process.communicate(timeout=30)[1]

@@ -143,6 +143,8 @@ class Request:
     method: Method | None = None
     sampling: SamplingParams | None = None
     seed: int = 0
+    adapter: str | None = None
+    """Name of one of the model's `adapters`; None is the model with none of these."""
 
     def __post_init__(self) -> None:
         check_call(self.method, self.sampling)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,16 +24,22 @@ if TYPE_CHECKING:
     from trueline.models.source import ModelConfig
 
 METAVAR = {float: "X", int: "N", str: "TEXT"}
+NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)")
+"""An adapter with a name."""
 LONGEST = 40
 """Characters of a default that --help shows."""
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose and load a model."""
+def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add the options that choose and load a model; `several` takes more than one adapter."""
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", default="tiny", help='folder, hub name, or "tiny", the bundled one (default)')
-    add("--adapter", metavar="DIR", help="folder or hub name of a PEFT adapter (none)")
+    if several:
+        text = "folder or hub name of a PEFT adapter; a named one is a model of its own; repeatable"
+        add("--adapter", metavar="[NAME=]DIR", action="append", default=[], help=text)
+    else:
+        add("--adapter", metavar="DIR", help="folder or hub name of a PEFT adapter (none)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:0, mps")
     add("--device-map", help='spread over devices, e.g. "auto"; needs accelerate (none)')
     add("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
@@ -56,12 +63,27 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
         *("revision", "trust_remote_code", "threads"),
     ]
     given = {name: getattr(args, name) for name in names}
+    if isinstance(args.adapter, list):
+        given |= _adapters(args.adapter)
     return ModelConfig(
         args.model,
         **given,
         packed_weights=not args.no_packed_weights,
         default_system=not args.no_default_system,
     )
+
+
+def _adapters(given: Sequence[str]) -> dict[str, Any]:
+    """Return `adapter` and `adapters` for what `[NAME=]DIR` says, once or several times."""
+    found: dict[str, str] = {}
+    for text in given:
+        named = NAMED.fullmatch(text)
+        name, source = named.groups() if named else ("", text)
+        if name in found:
+            which = f'The adapter name "{name}" is' if name else "An adapter without a name is"
+            raise ConfigError(f"{which} given twice. Give each a name of its own: NAME=DIR.")
+        found[name] = source
+    return {"adapter": found.pop("", None), "adapters": found}
 
 
 def add_system_option(parser: Any) -> None:

@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   trueline serve
   trueline serve --model DIR --port 9000 --presets presets.toml
   trueline serve --method self-cd --alpha 2 --overrides nothing
+  trueline serve --model DIR --adapter pirate=out/pirate --adapter formal=out/formal
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{
     "model": "tiny", "messages": [{"role": "user", "content": "What is the moon?"}],
     "alignment": {"method": "linear-alignment", "principle": "Talk like a pirate."}}'
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         letter = "X" if kind is float else "N"
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, metavar=letter, default=argparse.SUPPRESS, help=text)
-    add_model_options(parser)
+    add_model_options(parser, several=True)
     add_method_options(parser)
 
 

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """The rows of one forward: cache, mask, positions. Every row ends at the last column."""
+    """The rows of one forward: cache, mask, positions. Every row ends at the last column.
 
-    def __init__(self, model: LanguageModel, rows: list[list[int]], adapters: list[bool]) -> None:
+    `adapters` names each row's adapter, `BASE` where none is on.
+    """
+
+    def __init__(self, model: LanguageModel, rows: list[list[int]], adapters: list[str]) -> None:
         self.model, self.rows, self.adapters = model, rows, adapters
         self.cache = new_cache(model.text_config.num_hidden_layers)
         self.ids, self.mask = pad_left(rows, model.pad_token_id, model.device)
@@ -95,7 +98,5 @@ class Batch:
             options["position_ids"] = positions
         if "logits_to_keep" in names:
             options["logits_to_keep"] = 1
-        if not all(self.adapters):
-            active = self.model.model.active_adapter
-            options["adapter_names"] = [active if on else "__base__" for on in self.adapters]
+        options |= self.model.adapter_options(self.adapters)
         return self.model.model(ids, **options).logits[:, -1].float()

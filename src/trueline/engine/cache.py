@@ -13,8 +13,8 @@ from trueline.models.prompts import shared_length
 
 KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of one row, each (head, time, size), layer by layer."""
-PrefixKey = tuple[bool, tuple[int, ...]]
-"""Whether the adapter was on, and the ids."""
+PrefixKey = tuple[str, tuple[int, ...]]
+"""The adapter that was on, and the ids."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -102,7 +102,7 @@ def new_cache(layers: int) -> DynamicCache:
 class PrefixStore:
     """Keys and values of token prefixes that several rows or several calls share.
 
-    A prefix is looked up by its ids and whether the adapter was on. At most `size` are kept, of at
+    A prefix is looked up by its ids and the adapter that was on. At most `size` are kept, of at
     most `max_bytes` together; the least recently used goes first.
     """
 
@@ -110,7 +110,7 @@ class PrefixStore:
     max_bytes: int = 1 << 30
     entries: dict[PrefixKey, KeysValues] = field(default_factory=dict)
 
-    def put(self, adapter: bool, ids: Sequence[int], cache: DynamicCache, row: int) -> None:
+    def put(self, adapter: str, ids: Sequence[int], cache: DynamicCache, row: int) -> None:
         """Keep the last len(ids) positions of one row of `cache`."""
         n = len(ids)
         self.entries.pop((adapter, tuple(ids)), None)
@@ -134,14 +134,14 @@ class PrefixStore:
         self.entries[key] = self.entries.pop(key)
         return True
 
-    def drop_shorter(self, adapter: bool, ids: Sequence[int]) -> None:
+    def drop_shorter(self, adapter: str, ids: Sequence[int]) -> None:
         """Forget the entries that `ids` begin with: turns of a conversation that has gone on."""
         for on, known in list(self.entries):
             if on == adapter and shared_length(known, ids) == len(known):
                 del self.entries[on, known]
 
     def longest(
-        self, adapter: bool, ids: Sequence[int], among: Collection[PrefixKey] | None = None
+        self, adapter: str, ids: Sequence[int], among: Collection[PrefixKey] | None = None
     ) -> tuple[KeysValues | None, int]:
         """Return the entry that shares most leading ids with `ids`, and how many it shares."""
         best, length = None, 0
@@ -158,7 +158,7 @@ class PrefixStore:
     def fill(
         self,
         rows: Sequence[Sequence[int]],
-        adapters: Sequence[bool],
+        adapters: Sequence[str],
         among: Collection[PrefixKey] | None = None,
     ) -> DynamicCache | None:
         """Return a cache with the leading columns of left-padded `rows`, as many as all rows have.

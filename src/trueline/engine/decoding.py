@@ -7,6 +7,7 @@ stand on them. `generate` is all of it in one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trueline.engine.protocol import Backend, Continuation, Prompt, Step, Ticket
@@ -93,7 +94,7 @@ class Decoder:
         if not isinstance(request, Request):
             request = Request(request)
         method, sampling = request.method or method, request.sampling or sampling
-        return self.backend.encode(Request(request.messages, method, sampling, request.seed))
+        return self.backend.encode(replace(request, method=method, sampling=sampling))
 
     def add(self, prompt: Prompt, *, record: bool = False, text: bool = True) -> Ticket:
         """Take an encoded request in and return what its steps will carry.

@@ -36,6 +36,8 @@ class Prompt:
     seed: int = 0
     prefixes: tuple[tuple[int, ...], ...] = ()
     """Leading ids of each branch that other requests are likely to share."""
+    adapter: str | None = None
+    """Name of the adapter; None is the one of requests that name none."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trueline.engine.protocol import Continuation
+from trueline.models.adapter import BASE
 from trueline.models.prompts import pad_left
 from trueline.types import Method, combine_at, first_tokens, rest_branch
 
@@ -103,9 +104,8 @@ def forced_logits(
         options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if "logits_to_keep" in model.forward_names:
         options["logits_to_keep"] = max(map(len, continuations))
-    if adapters is not None and not all(adapters):
-        active = model.model.active_adapter
-        options["adapter_names"] = [active if on else "__base__" for on in adapters]
+    on = [True] * len(fed) if adapters is None else adapters
+    options |= model.adapter_options([model.adapter if own else BASE for own in on])
     logits = (forward or model.model)(ids, **options).logits
     # Rows end at the last column, so a continuation of n tokens is predicted by the last n.
     return [z[-len(c) :] for z, c in zip(logits.unbind(0), continuations, strict=True)]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE = "__base__"
+"""What PEFT calls the model with no adapter on, as the adapter of a row."""
 MAX_RANK = 8192
 """A LoRA that is trained has no higher rank; the widest layers of large models have no more."""
 LORA = re.compile(r"(.*)\.lora_(A|B)\.weight")
@@ -167,23 +169,38 @@ def check_finite(name: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def put_adapter(
-    model: Any, name: str | Path, folder: Path, *, trainable: bool = False, on: str = ""
+    model: Any,
+    name: str | Path,
+    folder: Path,
+    *,
+    trainable: bool = False,
+    on: str = "",
+    called: str = "default",
 ) -> Any:
     """Return the model with the adapter in a folder on it, by PEFT; each tensor has its place.
 
-    `name` and `on` are what errors call the adapter and the model. Raises `ModelError` for an
-    adapter of another model, or one that lacks a part.
+    `name` and `on` are what errors call the adapter and the model, `called` is what PEFT calls it.
+    A model that has an adapter keeps it on. Raises `ModelError` for an adapter of another model, or
+    one that lacks a part.
     """
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig, PeftModel, get_peft_model
 
+    if any(called in place.split(".") for place, _ in model.named_modules()):
+        raise ConfigError(
+            f'A module of the model is called "{called}". Name the adapter otherwise.'
+        )
     config = check_adapter(folder)
     with quiet(), reading(name, "adapter"):
         settings: Any = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = not trainable
-        tuned = get_peft_model(model, settings)
-        result: Any = tuned.load_adapter(str(folder), "default", is_trainable=trainable)
+        tuned: Any = model
+        others = set(getattr(model, "peft_config", ()))
+        if not isinstance(model, PeftModel):
+            tuned = get_peft_model(model, settings, adapter_name=called)
+        result: Any = tuned.load_adapter(str(folder), called, is_trainable=trainable)
     embedded = ("embed_tokens", "lm_head", "wte")
     missing = [k for k in result.missing_keys if not _is_shared(config, k)]
+    missing = [k for k in missing if called in k.split(".") or not others & set(k.split("."))]
     unexpected = [k for k in result.unexpected_keys if not any(e in k for e in embedded)]
     for what, names in (("lacks", missing), ("has no place in the model for", unexpected)):
         if names:

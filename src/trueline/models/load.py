@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from trueline.errors import ConfigError, ModelError, check_flag, check_kind
-from trueline.models.adapter import check_adapter, find_adapter, put_adapter
+from trueline.models.adapter import BASE, check_adapter, find_adapter, put_adapter
 from trueline.models.checkpoint import read_config, read_tokenizer, read_weights
 from trueline.models.device import check_dtype, find_device, find_dtype
-from trueline.models.hub import LOADING, Place
+from trueline.models.hub import LOADING, Place, one_line
 from trueline.models.packed import pack_weights
 from trueline.models.places import find_model
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from trueline.types import Progress
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""What an adapter may be called; PEFT's names of modules take no dots."""
 
 
 @dataclass
@@ -41,6 +44,8 @@ class LanguageModel:
     """Send prompts as they are, with no chat template."""
     default_system: bool = True
     """Keep the system text that the template puts in where a chat has none; off, it is empty."""
+    adapters: tuple[str, ...] = ()
+    """Names of adapters for requests that ask for them; for others they are off."""
     folder: Path | None = field(default=None, repr=False)
     """Where its files are; None on the hub, or where it was made in memory."""
     _default_system: str | None = field(default=None, repr=False)
@@ -103,6 +108,25 @@ class LanguageModel:
         """Whether a PEFT adapter is active."""
         return hasattr(self.model, "peft_config")
 
+    @property
+    def adapter(self) -> str:
+        """What PEFT calls the adapter of requests that name none; `BASE` is none at all."""
+        return BASE if self._active in self.adapters else self._active
+
+    def adapter_options(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return what a forward is to be told so that each row has its adapter on."""
+        if set(names) <= {self._active}:
+            return {}
+        return {"adapter_names": list(names)}
+
+    @property
+    def _active(self) -> str:
+        """What PEFT calls the adapter that a plain forward runs."""
+        if not self.has_adapter:
+            return BASE
+        active = getattr(self.model, "active_adapter", None)
+        return active if isinstance(active, str) else "default"
+
     @cached_property
     def forward_names(self) -> frozenset[str]:
         """Names of the arguments that the model's forward takes."""
@@ -122,6 +146,7 @@ def load_model(
     device: str = "auto",
     device_map: str | dict[str, Any] | None = None,
     adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     quantize: Literal["4bit", "8bit"] | None = None,
     chat_template: str | Path | None = None,
     raw: bool = False,
@@ -140,6 +165,7 @@ def load_model(
         device: "auto" (CUDA, then MPS, then CPU), or a torch device. Not with `device_map`.
         device_map: Of transformers, e.g. "auto" for several devices; needs accelerate.
         adapter: Folder or hub name of a PEFT adapter; needs peft.
+        adapters: More of them by name, each for the requests that name it (`Request.adapter`).
         quantize: "4bit" or "8bit"; needs bitsandbytes.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         raw: Send prompts as they are, with no chat template (for base models).
@@ -157,24 +183,49 @@ def load_model(
     check_flag("raw", raw)
     check_flag("trust_remote_code", trust_remote_code)
     target = _checked(name, dtype, device, device_map, adapter, quantize, chat_template)
+    _check_names(adapters)
     tell = progress or LOADING.get() or (lambda *_: None)
     tell(f"loading {name}", 0, 1)
     template = _read_template(chat_template)
-    tuned = None if adapter is None else find_adapter(adapter)
-    if tuned is not None:
-        check_adapter(tuned)
+    sources = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
+    folders = {called: find_adapter(source) for called, source in sources.items()}
+    for folder in folders.values():
+        check_adapter(folder)
     place = find_model(name, revision=revision, trust_remote_code=trust_remote_code, progress=tell)
     model, tokenizer = _read(place, target, dtype, device_map, quantize)
     if template is not None:
         tokenizer.chat_template = template
-    if tuned is not None:
-        model = put_adapter(model, str(adapter), tuned, on=str(name))
+    for called, folder in folders.items():
+        model = put_adapter(model, str(sources[called]), folder, on=str(name), called=called)
     if packed_weights is not False and target.type == "cpu":
         pack_weights(model, force=packed_weights is True)
     tell(f"loading {name}", 1, 1)
-    return LanguageModel(
-        model, tokenizer, str(name), raw, default_system=default_system, folder=place.folder
+    loaded = LanguageModel(
+        model,
+        tokenizer,
+        str(name),
+        raw,
+        default_system=default_system,
+        adapters=tuple(adapters or ()),
+        folder=place.folder,
     )
+    if adapters:
+        _check_mixing(loaded)
+    return loaded
+
+
+def _check_mixing(model: LanguageModel) -> None:
+    """Raise `ModelError` for adapters of which PEFT cannot run several in one forward."""
+    names = [BASE, *model.adapters]
+    ids = torch.full((len(names), 1), model.pad_token_id, device=model.device)
+    try:
+        with torch.inference_mode():
+            model.model(ids, **model.adapter_options(names))
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f'The adapters of model "{model.name}" cannot run side by side: {one_line(error)} Give '
+            "plain LoRA adapters."
+        ) from None
 
 
 def _checked(
@@ -200,6 +251,23 @@ def _checked(
     if adapter is not None:
         need("peft", "adapters", "adapter")
     return find_device(device)
+
+
+def _check_names(adapters: object) -> None:
+    """Raise `ConfigError` unless these are adapters by name."""
+    if adapters is None:
+        return
+    check_kind("adapters", adapters, Mapping, "adapters by name")
+    for called, source in cast(Mapping[object, object], adapters).items():
+        if not isinstance(called, str) or not ADAPTER_NAME.fullmatch(called) or called == "default":
+            raise ConfigError(
+                f"An adapter's name is letters, digits, dashes and underscores, and not "
+                f'"default"; got {called!r}.'
+            )
+        if not isinstance(source, (str, Path)):
+            raise ConfigError(f'Adapter "{called}" must be a name or a path, got {source!r}.')
+    if adapters:
+        need("peft", "adapters", "adapters")
 
 
 def _read(

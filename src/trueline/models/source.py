@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,8 @@ class ModelConfig:
     """A folder, a hub name, or "tiny", the bundled model."""
     adapter: str | None = None
     """Folder or hub name of a PEFT adapter."""
+    adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """More of them by name, for the requests that name one."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, mps."""
     device_map: str | None = None
@@ -66,6 +70,7 @@ class ModelConfig:
             device=self.device,
             device_map=self.device_map,
             adapter=self.adapter,
+            adapters=self.adapters,
             quantize=self.quantize,
             chat_template=self.chat_template,
             raw=self.raw,
@@ -80,6 +85,7 @@ class ModelConfig:
 
     def identity(self, model: LanguageModel) -> dict[str, Any]:
         """Return what decides the model's answers: names, hashes of the bytes, dtype, device."""
+        named = {called: adapter_settings(source) for called, source in self.adapters.items()}
         return {
             "name": self.name,
             "revision": self.revision,
@@ -92,4 +98,4 @@ class ModelConfig:
             "default_system": self.default_system,
             "packed_weights": self.packed_weights,
             "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None))),
-        }
+        } | ({"adapters": named} if named else {})

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from trueline import __version__
 from trueline.engine.torch_backend import TorchBackend
 from trueline.engine.trace import TokenTexts
-from trueline.errors import ModelError, TruelineError
+from trueline.errors import ConfigError, ModelError, TruelineError
 from trueline.server.answers import Answer
 from trueline.server.asks import Ask, UnknownModel, check_size, model_names, read_ask
 from trueline.server.bodies import ChatBody, TextBody, first_error
@@ -51,7 +51,9 @@ class Server:
     """One model behind HTTP: who was let in is encoded, decoded together, and told of each step."""
 
     def __init__(self, model: LanguageModel, config: ServeConfig) -> None:
-        self.config, self.gauges = config, Gauges(config.name)
+        if config.name in model.adapters:
+            raise ConfigError(f'An adapter and the model are both called "{config.name}".')
+        self.model, self.config, self.gauges = model, config, Gauges(config.name)
         self.chat = TorchBackend(model, batch_size=config.max_running, admission="each_step")
         self.text = TorchBackend(replace(model, raw=True))  # encodes alone
         self.engine = EngineThread(self.chat, self.gauges, config.max_waiting)
@@ -61,7 +63,8 @@ class Server:
 
     def prepare(self, body: ChatBody | TextBody) -> tuple[Ask, Answer]:
         """Check what is asked, encode it, and return it with its answer to be."""
-        ask, chat = read_ask(body, self.config), isinstance(body, ChatBody)
+        ask = read_ask(body, self.config, self.model.adapters)
+        chat = isinstance(body, ChatBody)
         backend = self.chat if chat else self.text
         with self._encoding:
             prompts = [backend.encode(request) for request in ask.requests]
@@ -209,10 +212,11 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models", responses={401: wrong[401]})
     async def models() -> dict[str, Any]:
-        """List the model, and its presets as models of their own."""
+        """List the model, and its adapters and presets as models of their own."""
         own = [
             {"id": name, "object": "model", "created": server.started, "owned_by": "trueline"}
-            for name in model_names(server.config)
+            | ({"parent": server.config.name} if name != server.config.name else {})
+            for name in model_names(server.config, server.model.adapters)
         ]
         return {"object": "list", "data": own}
 

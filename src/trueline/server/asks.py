@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,15 +36,15 @@ class Ask:
     include_usage: bool
 
 
-def read_ask(body: ChatBody | TextBody, config: ServeConfig) -> Ask:
-    """Return what the body asks for.
+def read_ask(body: ChatBody | TextBody, config: ServeConfig, adapters: Sequence[str] = ()) -> Ask:
+    """Return what the body asks for; `adapters` are the names of those that the model has.
 
     Raises:
         UnknownModel: No such model, preset or adapter.
         ConfigError: A setting is out of range, or not for the client to choose.
         DataError: The prompt cannot be used.
     """
-    preset = preset_of(body.model, config)
+    adapter, preset = find_named(body.model, config, adapters)
     method = method_for(body.fields_of_method, preset, config)
     sampling = sampling_for(body, preset.sampling if preset else {}, config)
     if body.stream_options is not None and not body.stream:
@@ -63,7 +63,7 @@ def read_ask(body: ChatBody | TextBody, config: ServeConfig) -> Ask:
             f"{config.max_branches} branches that one request may have."
         )
     return Ask(
-        requests=[Request(chat, method, sampling, seed) for chat in chats],
+        requests=[Request(chat, method, sampling, seed, adapter) for chat in chats],
         model=body.model,
         top=body.top,
         traced=bool(body.trace),
@@ -72,20 +72,24 @@ def read_ask(body: ChatBody | TextBody, config: ServeConfig) -> Ask:
     )
 
 
-def preset_of(name: str, config: ServeConfig) -> Preset | None:
-    """Return the preset in a model's name, None for the plain name."""
-    if name == config.name:
-        return None
-    base, _, preset = name.rpartition(":")
-    if base == config.name and preset in config.presets:
-        return config.presets[preset]
-    known = model_names(config)
-    raise UnknownModel(f'Unknown model "{name}".{suggestion(name, known)}')
+def find_named(
+    name: str, config: ServeConfig, adapters: Sequence[str] = ()
+) -> tuple[str | None, Preset | None]:
+    """Return the adapter and the preset in a model's name, None each where there is none."""
+    base, colon, preset = name.rpartition(":")
+    if name in (config.name, *adapters):
+        base, colon = name, ""
+    known = base in (config.name, *adapters) and (not colon or preset in config.presets)
+    if not known:
+        names = model_names(config, adapters)
+        raise UnknownModel(f'Unknown model "{name}".{suggestion(name, names)}')
+    return (base if base != config.name else None, config.presets[preset] if colon else None)
 
 
-def model_names(config: ServeConfig) -> list[str]:
-    """Return what a client may call the model: its name, and with each preset."""
-    return [config.name, *(f"{config.name}:{preset}" for preset in config.presets)]
+def model_names(config: ServeConfig, adapters: Sequence[str] = ()) -> list[str]:
+    """Return what a client may call the model: its name and each adapter's, with each preset."""
+    names = [config.name, *adapters]
+    return [*names, *(f"{name}:{preset}" for name in names for preset in config.presets)]
 
 
 def method_for(
