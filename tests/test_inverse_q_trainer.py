@@ -89,13 +89,13 @@ def steps(trainer, *names):
 def watched(trainer):
     """The samples of every update, as lists of parts, as they are drawn."""
     drawn = []
-    original = trainer._sample
+    original = trainer.answers.sample
 
-    def watch(rows, batch):
-        drawn.append(original(rows, batch))
+    def watch(rows, *batch):
+        drawn.append(original(rows, *batch))
         return drawn[-1]
 
-    trainer._sample = watch
+    trainer.answers.sample = watch
     return drawn
 
 

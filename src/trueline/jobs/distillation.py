@@ -25,7 +25,7 @@ import torch
 from trueline.errors import ConfigError, DataError, ModelError, check_number
 from trueline.evals.judging import JudgeConfig
 from trueline.jobs.distilled_card import use_note, write_card
-from trueline.methods import METHODS
+from trueline.methods import METHODS, code_hash, find_method
 from trueline.models.adapter import MAX_RANK
 from trueline.models.device import MAX_THREADS
 from trueline.models.load import LanguageModel
@@ -172,7 +172,8 @@ class DistilConfig:
     def goal(self) -> str:
         """What the teacher's method is for: adherence or refusal."""
         teacher = str(self.training.get("teacher", InverseQConfig.teacher))
-        return str(getattr(METHODS.get(teacher), "goal", "adherence"))
+        known = teacher in METHODS or ":" in teacher
+        return str(getattr(find_method(teacher), "goal", "adherence")) if known else "adherence"
 
     @property
     def source(self) -> ModelConfig:
@@ -264,24 +265,12 @@ def distil(
             lm.model.float()
         sized = base.defaults(sum(p.numel() for p in lm.model.parameters()), config.full)
         values = config.settings(sized)
-        about = base.base_settings(config.source, lm)
-    if model is not None:  # its weights may be no file's
-        about["base"]["hash"] = model_hash(model)
-    settings = {
-        "config": {k: v for k, v in values.items() if k not in NEUTRAL},
-        "data": {"hash": data},
-        "after": [folder_hash(path) for path in earlier],
-        **about,
-    }
+        settings = {"data": {"hash": data}, "after": [folder_hash(path) for path in earlier]}
+        settings |= _identity(config, values, lm, given=model is not None)
     run = RunFolder(
-        folder,
-        "distillation",
-        settings,
-        command=command,
-        resume=resume and not overwrite,
-        overwrite=overwrite,
-        main=int(os.environ.get("RANK", 0)) == 0,
-    )
+        folder, "distillation", settings, command=command, resume=resume and not overwrite,
+        overwrite=overwrite, main=int(os.environ.get("RANK", 0)) == 0,
+    )  # fmt: skip
     try:
         if not run.finished:
             args = config.arguments(run.folder / CHECKPOINTS, sized)
@@ -299,6 +288,19 @@ def distil(
         return DistilResults(run.folder, run.results or {}, note, tuple(run.broken))
     finally:
         run.close()
+
+
+def _identity(
+    config: DistilConfig, values: Mapping[str, Any], lm: LanguageModel, *, given: bool
+) -> dict[str, Any]:
+    """Return what of settings and model decides the result; a model that was given is no file."""
+    found: dict[str, Any] = base.base_settings(config.source, lm)
+    if given:
+        found["base"]["hash"] = model_hash(lm)
+    found["config"] = {k: v for k, v in values.items() if k not in NEUTRAL}
+    if ":" in (teacher := str(values["teacher"])):
+        found["teacher_code"] = code_hash(find_method(teacher))
+    return found
 
 
 def _train(trainer: InverseQTrainer, save: Callable[[str], object], run: RunFolder) -> None:

@@ -38,7 +38,7 @@ class InverseQConfig(TrainingArguments):
     variance."""
     teacher: str = "linear-alignment"
     """Whose policy is learned: principle, linear-alignment, checkpoints, or another decoding
-    method."""
+    method, one of your own as FILE.py:Class or module:Class."""
     teacher_options: dict[str, Any] | str | None = None
     """Fields of the teacher's method, e.g. {'alpha': 2.5} for self-cd."""
     principle: str | None = None

@@ -6,6 +6,7 @@ same whether a run was broken off, and whatever is drawn beside it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ import torch
 
 from trueline.engine.decoding import Decoder
 from trueline.engine.protocol import Prompt
+from trueline.errors import ConfigError, DataError
 from trueline.methods.plain import Plain
+from trueline.models.packed import merged_products
 from trueline.models.prompts import shared_length
+from trueline.train.distil.student import Reference, evaluating
 from trueline.train.distil.teachers import Lesson, Teacher
 from trueline.types import Method, SamplingParams
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trueline.models.load import LanguageModel
+    from trueline.train.distil.config import InverseQConfig
 
 Row = Mapping[str, Any]
 POOL = 16
@@ -185,3 +190,114 @@ class Guide:
             seeds = [seed_of("teacher", first, i, *key) for i in range(len(picks))]
             self._pool = first, self.draw([source[i] for i in picks], seeds)
         return self._pool[1][self.plan.taken(batch)]
+
+
+class Answers:
+    """Draws the answers of each batch: the teacher's share first, then the student's own.
+
+    Args:
+        args: Of the trainer.
+        teacher: Whose policy is learned.
+        student: Before its first update.
+        reference: Its start.
+        accelerator: Knows how many processes train, and which this is.
+    """
+
+    source: Any = None
+    """Rows with a teacher, from which it draws; None for a stream: those of the batch."""
+
+    def __init__(
+        self,
+        args: InverseQConfig,
+        teacher: Teacher,
+        student: LanguageModel,
+        reference: Reference,
+        accelerator: Any,
+    ) -> None:
+        self.args, self.teacher = args, teacher
+        self.student, self.reference = student, reference
+        self.processes, self.process = accelerator.num_processes, accelerator.process_index
+        self.sampling = SamplingParams(args.max_completion_length, args.temperature)
+        self._guide: Guide | None = None
+
+    def begin(self) -> None:
+        """Forget what was drawn for batches to come."""
+        self._guide = None
+
+    def sample(self, rows: list[Row], batch: int, batches: int) -> Samples:
+        """Draw the answers of a batch, by its number; `batches` come in all."""
+        share, key = self.args.guided_share, (self.args.seed, self.processes, self.process)
+        guided: Taught = []
+        if share:
+            source = self.source
+            if source is None:
+                source = [row for row in rows if self.teacher.row_method(row) is not None]
+            if self._guide is None:
+                stream = self.source is None
+                self._guide = Guide(Plan.of(share, len(rows), stream=stream), self._teach)
+            guided = self._guide.answers(batch, batches, source, *key)
+        lessons = [self.lesson(row) for row in rows[len(guided) :]]
+        seeds = [seed_of("student", batch, i, *key) for i in range(len(lessons))]
+        own = self._own(lessons, seeds)
+        # A batch of guided answers alone is measured too, so that every step has its numbers.
+        measured = [not lessons] * len(guided) + [True] * len(own)
+        lessons = [lesson for lesson, _ in guided] + lessons
+        return Samples(lessons, [answer for _, answer in guided] + own, measured)
+
+    def held_out(self, rows: Sequence[Row]) -> Samples:
+        """Draw the student's own answers to held-out rows, the same whenever they are asked."""
+        lessons = [self.lesson(row) for row in rows]
+        seeds = [seed_of("held-out", self.args.seed, i, *x.prompt) for i, x in enumerate(lessons)]
+        return Samples(lessons, self._own(lessons, seeds), [True] * len(lessons))
+
+    def lesson(self, row: Row) -> Lesson:
+        """Return a row's lesson; raise `DataError` where the model has too few positions for it."""
+        lesson = self.teacher.lesson(self.student, row)
+        limit, room = self.student.max_positions, self.args.max_completion_length
+        longest = max(map(len, [lesson.prompt, *lesson.branches]))
+        if limit is not None and longest + room > limit:
+            raise DataError(
+                f"The longest prompt has {longest} tokens; with `max_completion_length` {room} "
+                f"that is more than the model's {limit} positions."
+            )
+        return lesson
+
+    def taught(self, rows: Any) -> Any:
+        """Return the rows that have a teacher; raise for the first that cannot be used."""
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.processes
+        if len(rows) < batch:
+            raise ConfigError(
+                f"A step takes {batch} prompts, but there are {len(rows)}. Give more, or lower "
+                "`per_device_train_batch_size` or `gradient_accumulation_steps`."
+            )
+        taught = []
+        for i, row in enumerate(rows):
+            try:
+                if self.lesson(row).method is not None:
+                    taught.append(i)
+            except DataError as error:
+                raise DataError(f"train_dataset[{i}]: {error}") from None
+        if not taught:
+            raise ConfigError(
+                "No row of `train_dataset` has a principle, and none is given for all."
+            )
+        return rows.select(taught) if hasattr(rows, "select") else [rows[i] for i in taught]
+
+    def fast(self, model: Any, rows: int | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which a model samples so many rows fastest."""
+        mixed = self.args.bf16 or self.args.fp16
+        if mixed or not self.args.fast_sampling:
+            return contextlib.nullcontext()
+        return merged_products(model, rows)
+
+    def _own(self, lessons: list[Lesson], seeds: list[int]) -> list[list[int]]:
+        model = self.student.model
+        with evaluating(model), self.fast(model, len(lessons)):
+            return own_answers(self.student, lessons, self.sampling, seeds)
+
+    def _teach(self, rows: list[Row], seeds: list[int]) -> Taught:
+        lessons = [self.lesson(row) for row in rows]
+        count = sum(len(lesson.branches) for lesson in lessons)
+        with self.reference.opened() as start, self.fast(start.model, count):
+            answers = taught_answers(self.teacher, start, lessons, self.sampling, seeds)
+        return list(zip(lessons, answers, strict=True))

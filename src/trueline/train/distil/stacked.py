@@ -19,7 +19,7 @@ from trueline.train.adapters.stack import AdapterStack, save_adapter
 from trueline.train.distil.config import InverseQConfig
 from trueline.train.distil.sampling import own_answers, seed_of
 from trueline.train.distil.student import evaluating
-from trueline.train.distil.teachers import Teacher, make_teacher
+from trueline.train.distil.teachers import Teacher, asked_teacher
 from trueline.train.distil.trainer import InverseQTrainer
 from trueline.train.keep import Keep, Stage, kept
 from trueline.train.keep.stage import Row
@@ -134,9 +134,7 @@ class NewAdapter:
         set_seed(args.seed + len(earlier))
         model: Any = self.stack.attach(student.model, lora)
         self.student = replace(student, model=model, raw=args.raw)
-        self.teacher = make_teacher(
-            args.teacher, args.method_options, principle=args.principle, student=args.student
-        )
+        self.teacher = asked_teacher(args)
         index = len(self.earlier)
         self.stage = Stage(index, index + 1, self.earlier, rows, self._batches, args.seed)
 

@@ -4,7 +4,8 @@
     principle          the model with the principle in its prompt (context distillation)
     linear-alignment   the Linear Alignment policy, options `ratio`, `candidates`, `gate` and more
     checkpoints        a tuned model over the start: z_t + ratio (z_t - z_S), option `tuned`
-    self-cd, ...       any other method of `METHODS`, with its options
+    self-cd, ...       any other method of `METHODS`, or one of your own (FILE.py:Class), with its
+                       options
 
 What the student is to say depends on its prompt. Taught "plain" it sees a row's own messages and
 does unasked what the teacher does when asked: a principle moves into the weights. Taught
@@ -17,19 +18,22 @@ student keeps what it does elsewhere.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trueline.errors import ConfigError, DataError, check_number, suggestion
-from trueline.methods import METHODS, make_method
+from trueline.methods import METHODS, find_method, make_method, method_values
 from trueline.methods.plain import Plain
 from trueline.models.load import LanguageModel, load_model
 from trueline.models.prompts import chat_of, encode
+from trueline.settings.options import REQUIRED, option_defaults
 from trueline.types import Message, Method, base_branches
+
+if TYPE_CHECKING:
+    from trueline.train.distil.config import InverseQConfig
 
 TEACHERS = ("principle", "linear-alignment", "checkpoints", *(m for m in METHODS if m != "plain"))
 STUDENTS = ("plain", "prompted")
@@ -60,12 +64,18 @@ class Teacher:
     """Which prompt the student sees; see the module."""
     tuned: LanguageModel | None = None
     """The model of `checkpoints`; all other teachers are the reference's own."""
+    cls: type[Any] | None = None
+    """The method's class, where its name is none of ours."""
     _methods: dict[str | None, Method] = field(default_factory=dict, repr=False)
 
     @property
     def takes_principle(self) -> bool:
         """Whether a principle belongs to it."""
-        return "principle" in METHODS[self._method_name].__dataclass_fields__
+        return "principle" in self._defaults
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return option_defaults(self.cls or find_method(self._method_name))
 
     @property
     def _method_name(self) -> str:
@@ -77,7 +87,9 @@ class Teacher:
             options = dict(self.options)
             if self.takes_principle and principle is not None:
                 options["principle"] = principle
-            self._methods[principle] = make_method(self._method_name, options)
+            own = self.cls
+            made = make_method(self._method_name, options) if own is None else own(**options)
+            self._methods[principle] = made
         return self._methods[principle]
 
     def row_method(self, row: Mapping[str, Any]) -> Method | None:
@@ -105,10 +117,7 @@ class Teacher:
     @property
     def _needs_principle(self) -> bool:
         """Whether it teaches nothing without a principle."""
-        if self.name == "principle":
-            return True
-        fields = METHODS[self._method_name].__dataclass_fields__
-        return "principle" in fields and fields["principle"].default is dataclasses.MISSING
+        return self.name == "principle" or self._defaults.get("principle", "") is REQUIRED
 
     def student_messages(self, model: LanguageModel, row: Mapping[str, Any]) -> list[Message]:
         """Return what the student sees of a row."""
@@ -159,6 +168,7 @@ def make_teacher(
     *,
     principle: str | None = None,
     student: str | None = None,
+    cls: type[Any] | None = None,
 ) -> Teacher:
     """Return the teacher called `name`; everything but the rows is checked here.
 
@@ -168,12 +178,13 @@ def make_teacher(
             or of an adapter for one) and `ratio`.
         principle: For rows that name none.
         student: "plain" or "prompted"; by default prompted for self-cd, plain for all others.
+        cls: The method's class, where its name is none of ours.
 
     Raises:
         ConfigError: A name or option is unknown or out of range.
         ModelError: The tuned model cannot be loaded.
     """
-    if name not in TEACHERS:
+    if cls is None and name not in TEACHERS and ":" not in str(name):
         raise ConfigError(f'Unknown teacher "{name}".{suggestion(name, TEACHERS)}')
     options = dict(options or {})
     student = student or ("prompted" if name == "self-cd" else "plain")
@@ -191,7 +202,7 @@ def make_teacher(
         )
     if "principle" in options:
         principle = options.pop("principle")
-    teacher = Teacher(name, options, principle, student, tuned)
+    teacher = Teacher(name, options, principle, student, tuned, cls)
     if principle is not None and not teacher.takes_principle:
         raise ConfigError(f'Teacher "{name}" takes no `principle`. Leave it out.')
     # A stand-in lets the method check its options before any row is seen.
@@ -206,11 +217,17 @@ def make_teacher(
 
 def teacher_of(method: Method, *, student: str | None = None) -> Teacher:
     """Return the teacher of a method that is already made; rows may change its principle."""
-    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    name = method.name
     if isinstance(method, Plain):
         return make_teacher("principle", principle=method.principle, student=student)
-    return make_teacher(name, options, student=student)
+    own = type(method) if METHODS.get(method.name) is not type(method) else None
+    return make_teacher(method.name, method_values(method), student=student, cls=own)
+
+
+def asked_teacher(args: InverseQConfig) -> Teacher:
+    """Return the teacher that a trainer's settings ask for."""
+    return make_teacher(
+        args.teacher, args.method_options, principle=args.principle, student=args.student
+    )
 
 
 def _checkpoints(options: dict[str, Any]) -> tuple[LanguageModel, dict[str, Any]]:

@@ -27,7 +27,6 @@ resume such a run, give the same `model` as at the start.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from math import ceil
@@ -39,26 +38,16 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from trueline.engine.scoring import forced_logits
-from trueline.errors import ConfigError, DataError
-from trueline.models.packed import merged_products
+from trueline.errors import ConfigError
 from trueline.train.distil.config import LOSSES, InverseQConfig
 from trueline.train.distil.evaluation import Evaluation
 from trueline.train.distil.loss import Sums, part_loss
 from trueline.train.distil.policies import policies, teacher_effect
 from trueline.train.distil.rows import StepSampler, dataset_of
-from trueline.train.distil.sampling import (
-    Guide,
-    Plan,
-    Row,
-    Samples,
-    Taught,
-    own_answers,
-    seed_of,
-    taught_answers,
-)
+from trueline.train.distil.sampling import Answers, Samples
 from trueline.train.distil.student import Reference, activation_bytes, evaluating, student_of
-from trueline.train.distil.teachers import Lesson, make_teacher, teacher_of
-from trueline.types import Method, SamplingParams
+from trueline.train.distil.teachers import asked_teacher, teacher_of
+from trueline.types import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +90,6 @@ class InverseQTrainer(Trainer):
     loss_is_scaled_for_ga = True
     over_budget: float | None
     """The KL to the reference at which `kl_budget` stopped the training."""
-    _guide: Guide | None
     _samples: list[list[Samples]]
     """Of the update under way, part by part; each cut into what one forward takes."""
     _sums: dict[str, Sums]
@@ -134,12 +122,9 @@ class InverseQTrainer(Trainer):
         stream = isinstance(train_dataset, IterableDataset)
         if args.reuse > 1 and stream:
             raise ConfigError("`reuse` above 1 needs a data set with a length. Load it whole.")
-        if teacher is None:
-            self.teacher = make_teacher(
-                args.teacher, args.method_options, principle=args.principle, student=args.student
-            )
-        else:
-            self.teacher = teacher_of(teacher, student=args.student)
+        self.teacher = (
+            asked_teacher(args) if teacher is None else teacher_of(teacher, student=args.student)
+        )
         self.teacher.check(train_dataset.column_names)
         self.student = student_of(model, processing_class, peft_config, args)
         if stream:
@@ -169,8 +154,10 @@ class InverseQTrainer(Trainer):
         )
         self.effect: float | None = None
         """What `check_effect` found, in nats a token."""
+        own = (args, self.teacher, self.student, self.reference)
+        self.answers = Answers(*own, self.accelerator)
         self._begin()
-        self._taught = self._checked(train_dataset)
+        self.answers.source = None if stream else self.answers.taught(train_dataset)
         if evaluate is not None:
             self.evaluate_with(evaluate)
 
@@ -178,7 +165,7 @@ class InverseQTrainer(Trainer):
         """Measure the student by `evaluate` while it is trained; see the class."""
 
         def measure() -> Mapping[str, float]:
-            with evaluating(self.model), self._fast(self.model):
+            with evaluating(self.model), self.answers.fast(self.model):
                 return evaluate(self.student)
 
         self.add_callback(Evaluation(self, measure))
@@ -220,7 +207,8 @@ class InverseQTrainer(Trainer):
         started, step = time.perf_counter(), self.state.global_step
         if step % self.args.reuse == 0:
             rows = [row for part in parts for row in part]
-            drawn = self._sample(rows, step // self.args.reuse)
+            batches = ceil(self.state.max_steps / self.args.reuse)
+            drawn = self.answers.sample(rows, step // self.args.reuse, batches)
             self._samples = [self._cut(part) for part in drawn.parts(len(parts))]
         elif not self._samples:
             raise ConfigError(
@@ -233,28 +221,6 @@ class InverseQTrainer(Trainer):
         self._seconds += time.perf_counter() - started
         return [{"samples": x} for x in self._samples], self.accelerator.gather(tokens).sum()
 
-    def _sample(self, rows: list[Row], batch: int) -> Samples:
-        """Draw the answers of a batch: the teacher's share first, then the student's own."""
-        args, process = self.args, self.accelerator.process_index
-        key = (args.seed, self.accelerator.num_processes, process)
-        guided: Taught = []
-        if args.guided_share:
-            source = self._taught
-            if source is None:
-                source = [row for row in rows if self.teacher.row_method(row) is not None]
-            if self._guide is None:
-                share, stream = args.guided_share, self._taught is None
-                self._guide = Guide(Plan.of(share, len(rows), stream=stream), self._teach)
-            batches = ceil(self.state.max_steps / args.reuse)
-            guided = self._guide.answers(batch, batches, source, *key)
-        lessons = [self._lesson(row) for row in rows[len(guided) :]]
-        seeds = [seed_of("student", batch, i, *key) for i in range(len(lessons))]
-        own = self._own(lessons, seeds)
-        # A batch of guided answers alone is measured too, so that every step has its numbers.
-        measured = [not lessons] * len(guided) + [True] * len(own)
-        lessons = [lesson for lesson, _ in guided] + lessons
-        return Samples(lessons, [answer for _, answer in guided] + own, measured)
-
     def _cut(self, part: Samples) -> list[Samples]:
         """Return a part as one process on a CPU learns from it: so many rows at a time as fit."""
         if self.accelerator.num_processes > 1 or self.accelerator.device.type != "cpu":
@@ -263,28 +229,6 @@ class InverseQTrainer(Trainer):
             len(x.prompt) + len(y) for x, y in zip(part.lessons, part.answers, strict=True)
         )
         return part.rows(max(1, ACTIVATIONS // (longest * activation_bytes(self.student.model))))
-
-    def _own(self, lessons: list[Lesson], seeds: list[int]) -> list[list[int]]:
-        with evaluating(self.model), self._fast(self.model, len(lessons)):
-            return own_answers(self.student, lessons, self._sampling, seeds)
-
-    def _teach(self, rows: list[Row], seeds: list[int]) -> Taught:
-        lessons = [self._lesson(row) for row in rows]
-        count = sum(len(lesson.branches) for lesson in lessons)
-        with self.reference.opened() as start, self._fast(start.model, count):
-            answers = taught_answers(self.teacher, start, lessons, self._sampling, seeds)
-        return list(zip(lessons, answers, strict=True))
-
-    @property
-    def _sampling(self) -> SamplingParams:
-        return SamplingParams(self.args.max_completion_length, self.args.temperature)
-
-    def _fast(self, model: Any, rows: int | None = None) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which a model samples so many rows fastest."""
-        mixed = self.args.bf16 or self.args.fp16
-        if mixed or not self.args.fast_sampling:
-            return contextlib.nullcontext()
-        return merged_products(model, rows)
 
     # The loss.
 
@@ -348,9 +292,7 @@ class InverseQTrainer(Trainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """Return the loss on answers of the student's own to these rows; see transformers."""
-        lessons = [self._lesson(row) for row in inputs]
-        seeds = [seed_of("held-out", self.args.seed, i, *x.prompt) for i, x in enumerate(lessons)]
-        samples = Samples(lessons, self._own(lessons, seeds), [True] * len(lessons))
+        samples = self.answers.held_out(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, {"samples": samples})
         return loss.detach(), None, None
@@ -383,7 +325,8 @@ class InverseQTrainer(Trainer):
 
     def _begin(self) -> None:
         """Forget what an earlier run of this trainer left."""
-        self.over_budget, self._guide, self._samples = None, None, []
+        self.over_budget, self._samples = None, []
+        self.answers.begin()
         self._sums, self._step, self._left, self._seconds = {}, Sums(), 0, 0.0
 
     def check_effect(self) -> float:
@@ -411,45 +354,6 @@ class InverseQTrainer(Trainer):
                 "Word the principle so that the model follows it when asked."
             )
         return self.effect
-
-    def _lesson(self, row: Row) -> Lesson:
-        """Return a row's lesson; raise `DataError` where the model has too few positions for it."""
-        lesson = self.teacher.lesson(self.student, row)
-        limit, room = self.student.max_positions, self.args.max_completion_length
-        longest = max(map(len, [lesson.prompt, *lesson.branches]))
-        if limit is not None and longest + room > limit:
-            raise DataError(
-                f"The longest prompt has {longest} tokens; with `max_completion_length` {room} "
-                f"that is more than the model's {limit} positions."
-            )
-        return lesson
-
-    def _checked(self, rows: Any) -> Any:
-        """Return the rows that have a teacher; raise for the first that cannot be used.
-
-        None for a stream, which is checked as it is read.
-        """
-        if isinstance(rows, IterableDataset):
-            return None
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        batch *= self.accelerator.num_processes
-        if len(rows) < batch:
-            raise ConfigError(
-                f"A step takes {batch} prompts, but there are {len(rows)}. Give more, or lower "
-                "`per_device_train_batch_size` or `gradient_accumulation_steps`."
-            )
-        taught = []
-        for i, row in enumerate(rows):
-            try:
-                if self._lesson(row).method is not None:
-                    taught.append(i)
-            except DataError as error:
-                raise DataError(f"train_dataset[{i}]: {error}") from None
-        if not taught:
-            raise ConfigError(
-                "No row of `train_dataset` has a principle, and none is given for all."
-            )
-        return rows.select(taught) if hasattr(rows, "select") else [rows[i] for i in taught]
 
 
 def _as_it_is(rows: list[Any]) -> Any:

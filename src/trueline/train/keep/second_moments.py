@@ -80,10 +80,8 @@ def collect_moments(
             batch = {k: v.to(device) for k, v in batch.items()}
             offered = batch.pop("offered", None)
             batch = _unambiguous(model, batch)
-            with (
-                _watch(found, _masks(model, batch), gradients) as seen,
-                torch.set_grad_enabled(gradients),
-            ):
+            watch = _watch(found, _masks(model, batch), gradients)
+            with watch as seen, torch.set_grad_enabled(gradients):
                 logits, labels = _predict(model, batch, offered)
                 for name, part in seen.items():
                     for x in part.inputs:
