@@ -825,7 +825,7 @@ def test_every_command_of_the_docs_is_understood(monkeypatch):
 
 
 def test_the_file_of_settings_in_the_docs_is_understood():
-    from trueline.jobs.distillation import DistilConfig
+    from trueline.jobs.distil_config import DistilConfig
     from trueline.settings.reader import check
     from trueline.train.distil.config import InverseQConfig
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from trueline.engine.protocol import Prompt, Step, Ticket
     from trueline.errors import ConfigError, DataError, ModelError, TruelineError
     from trueline.evals.judging import JudgeConfig
-    from trueline.jobs.distillation import DistilConfig, DistilResults, distil
+    from trueline.jobs.distil_config import DistilConfig
+    from trueline.jobs.distillation import DistilResults, distil
     from trueline.jobs.exporting import ExportConfig, export
     from trueline.jobs.judgements import (
         AgreementConfig,
@@ -47,7 +48,8 @@ _HOMES = {
     "trueline.engine.protocol": ("Prompt", "Step", "Ticket"),
     "trueline.errors": ("ConfigError", "DataError", "ModelError", "TruelineError"),
     "trueline.engine.hook": ("guided",),
-    "trueline.jobs.distillation": ("DistilConfig", "DistilResults", "distil"),
+    "trueline.jobs.distil_config": ("DistilConfig",),
+    "trueline.jobs.distillation": ("DistilResults", "distil"),
     "trueline.jobs.exporting": ("ExportConfig", "export"),
     "trueline.jobs.prompt_files": ("generate_file",),
     "trueline.jobs.row_plan": ("PromptFileConfig",),

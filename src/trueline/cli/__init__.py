@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             check_words(words)
             args = build_parser(words).parse_args(words)
-            args.argv = words
+            args.typed = shlex.join(["trueline", *words])
             with loading():
                 return int(args.run(args) or 0)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 
 from trueline.cli.bars import bar
 
@@ -28,10 +27,9 @@ def run(args: argparse.Namespace) -> None:
     """Measure on the bundled model, write the report, and print the counts."""
     from trueline.jobs.demonstration import FIGURE, DemoConfig, demonstrate
 
-    command = shlex.join(["trueline", *args.argv])
     config = DemoConfig(args.limit, args.seed)
     with bar("answer") as progress:
-        found = demonstrate(config, args.output, progress=progress, command=command)
+        found = demonstrate(config, args.output, progress=progress, command=args.typed)
     print(found.table())
     print(f"\n{found.seconds} seconds, {found.answers} answers")
     for name in ("report.md", FIGURE, "results.json"):

@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export, and say what serves the result."""
-    from trueline.cli.folders import command
     from trueline.jobs.exporting import ExportConfig, export
 
     config = ExportConfig(
@@ -45,5 +44,5 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    results = export(config, args.to, command=command(args))
+    results = export(config, args.to, command=args.typed)
     print(json.dumps(results.as_dict()) if args.json else results)

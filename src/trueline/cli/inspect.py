@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from trueline.cli.bars import bar
-from trueline.cli.folders import command
 from trueline.cli.options import (
     add_method_options,
     add_model_options,
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
             args.output,
             progress=progress,
             overwrite=args.overwrite,
-            command=command(args),
+            command=args.typed,
         )
     print(found.text)
     changed = f"{found.changed} of {found.tokens} tokens are not the model's own"

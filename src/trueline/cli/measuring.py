@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from typing import Any
 
 from trueline.cli.options import given, model_config
@@ -29,7 +28,7 @@ def measured(args: argparse.Namespace, progress: Progress) -> MeasureResults:
     call: dict[str, Any] = {
         "progress": progress,
         "overwrite": args.overwrite,
-        "command": shlex.join(["trueline", *args.argv]),
+        "command": args.typed,
     }
     if args.what == "judge":
         return measure_agreement(_agreement(args), args.output, **call)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from trueline.cli.bars import bar
 from trueline.errors import ConfigError
+from trueline.records.run_folder import MANIFEST
+from trueline.settings.reader import assignments, read_toml
 
+Layer = tuple[dict[str, Any], str]
+"""Settings, and where they were said."""
 INSTALL = "pip install 'trueline[train]'"
 
 
@@ -22,11 +30,9 @@ def need_packages(names: Sequence[str]) -> None:
         )
 
 
-def read_layers(args: argparse.Namespace) -> list[tuple[dict[str, Any], str]]:
-    """Return (settings, where they were said) of the file, of --set, and of the options."""
-    from trueline.settings.reader import assignments, read_toml
-
-    layers = [(assignments(args.set), "--set"), (given(args), "command line")]
+def read_layers(args: argparse.Namespace) -> list[Layer]:
+    """Return the settings of the file, of --set, and of the options."""
+    layers: list[Layer] = [(assignments(args.set), "--set"), (given(args), "command line")]
     if args.config is not None:
         layers.insert(0, (read_toml(args.config), args.config))
     for values, source in layers:
@@ -48,11 +54,26 @@ def given(args: argparse.Namespace, option: str = "setting_") -> dict[str, Any]:
     return found
 
 
-def add_setting(group: Any, flag: str, setting: str, **options: Any) -> None:
-    """Add an option that gives a setting; what is not typed leaves the file's value alone."""
-    if not {"action", "choices", "metavar"} & options.keys():
-        options["metavar"] = "NAME"
-    group.add_argument(flag, dest=f"setting_{setting}", default=argparse.SUPPRESS, **options)
+Row = tuple[str, str, Any, str]
+"""An option that gives a setting: flag, setting, what is typed, what it is for. What is typed is a
+type, a metavar, a list of one metavar for several words, a tuple of choices, or the setting's value
+for a flag alone."""
+
+
+def add_settings(group: Any, rows: Sequence[Row]) -> None:
+    """Add options that give settings; what is not typed leaves the file's value alone."""
+    for flag, setting, kind, text in rows:
+        options: dict[str, Any] = {"metavar": kind}
+        if kind is int or kind is float:
+            options = {"type": kind, "metavar": "X" if kind is float else "N"}
+        elif isinstance(kind, bool):
+            options = {"action": "store_true" if kind else "store_false"}
+        elif isinstance(kind, tuple):
+            options = {"choices": kind}
+        elif isinstance(kind, list):
+            options = {"nargs": "+", "metavar": kind[0]}
+        options |= {"dest": f"setting_{setting}", "default": argparse.SUPPRESS}
+        group.add_argument(flag, help=text, **options)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +88,40 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on where a killed run of this folder stopped")
     add("--overwrite", action="store_true", help="start again though the folder holds a run")
     add("--json", action="store_true", help="print the results as JSON")
-    add_setting(group, "--seed", "seed", type=int, metavar="N", help="seed of everything (0)")
-    add_setting(group, "--threads", "threads", type=int, metavar="N",
-                help="CPU threads; default 1 for small models, else torch's choice")  # fmt: skip
+    threads = "CPU threads; default 1 for small models, else torch's choice"
+    add_settings(
+        group,
+        (
+            ("--seed", "seed", int, "seed of everything (0)"),
+            ("--threads", "threads", int, threads),
+        ),
+    )
+
+
+def print_settings(rows: Iterable[tuple[str, Any, str]]) -> None:
+    """Print every setting with its default and what it is."""
+    for name, default, text in rows:
+        print(f"{name} = {default}\n    {text}")
+
+
+@contextlib.contextmanager
+def running(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what a training job is called with beside its settings; it shows a bar of its steps."""
+    try:
+        with bar("step") as progress:
+            yield {
+                "progress": progress,
+                "resume": args.resume,
+                "overwrite": args.overwrite,
+                "command": args.typed,
+            }
+    except KeyboardInterrupt:
+        if Path(args.output, MANIFEST).exists():
+            print(f"--resume goes on where {args.output} stopped", file=sys.stderr)
+        raise
+
+
+def say_broken(results: Any) -> None:
+    """Say on stderr which checkpoints could not be gone on from."""
+    for name in results.broken:
+        print(f"{results.folder}: {name} is broken; went on from before it.", file=sys.stderr)

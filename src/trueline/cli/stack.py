@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trueline.cli.folders import command
-from trueline.cli.setting_options import add_run_options, add_setting, need_packages, read_layers
-from trueline.errors import ConfigError, suggestion
+from trueline.cli.setting_options import (
+    Row,
+    add_run_options,
+    add_settings,
+    need_packages,
+    print_settings,
+    read_layers,
+    running,
+    say_broken,
+)
+from trueline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trueline.jobs.stacking import StackConfig, StackResults
+    from trueline.jobs.stacking import StackResults
 
 EXAMPLES = """examples:
   trueline stack --tasks stream.toml --output stacked
@@ -48,19 +53,16 @@ where a killed run stopped.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that most streams need; each is a setting."""
-    group = parser.add_argument_group("what is trained")
-    add_setting(group, "--tasks", "tasks", metavar="FILE", help="TOML file of the stream")
-    add_setting(group, "--data", "data", metavar="DIR", help="folder of the tasks' data, instead "
-                "of the file's")  # fmt: skip
-    add_setting(group, "--model", "model", help='folder, hub name, or "tiny", bundled (default)')
-    add_setting(group, "--keep", "keep", metavar="WAY", help="how earlier tasks are kept: o-lora "
-                "(default), inf-lora, drift, ella, replay, none")  # fmt: skip
-    add_setting(group, "--trust-remote-code", "trust_remote_code", action="store_true",
-                help="run code that comes with the model")  # fmt: skip
-    group = parser.add_argument_group("training, for tasks that say nothing else")
-    for flag, setting, kind, text in (
+OPTIONS: dict[str, tuple[Row, ...]] = {
+    "what is trained": (
+        ("--tasks", "tasks", "FILE", "TOML file of the stream"),
+        ("--data", "data", "DIR", "folder of the tasks' data, instead of the file's"),
+        ("--model", "model", "NAME", 'folder, hub name, or "tiny", bundled (default)'),
+        ("--keep", "keep", "WAY", "how earlier tasks are kept: o-lora (default), inf-lora, drift, "
+         "ella, replay, none"),
+        ("--trust-remote-code", "trust_remote_code", True, "run code that comes with the model"),
+    ),
+    "training, for tasks that say nothing else": (
         ("--lambda-1", "lambda_1", float, "o-lora: strength of the orthogonality penalty (0.5)"),
         ("--lambda-2", "lambda_2", float, "o-lora: strength of the norm penalty (0)"),
         ("--rank", "rank", int, "rank of each task's LoRA (8)"),
@@ -70,61 +72,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--limit", "limit", int, "at most N training rows of a task"),
         ("--evaluate-limit", "evaluate_limit", int, "at most N rows of a task are measured"),
         ("--save-steps", "save_steps", int, "steps between checkpoints (100)"),
-    ):
-        letter = "X" if kind is float else "N"
-        add_setting(group, flag, setting, type=kind, metavar=letter, help=text)
-    add_setting(group, "--target-modules", "target_modules", nargs="+", metavar="NAME",
-                help="modules that get a LoRA (query and value)")  # fmt: skip
+        ("--target-modules", "target_modules", ["NAME"], "modules that get a LoRA (query and "
+         "value)"),
+    ),
+}  # fmt: skip
+"""The options that most streams need; each is a setting."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    for title, rows in OPTIONS.items():
+        add_settings(parser.add_argument_group(title), rows)
     add_run_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Check the settings, train the stream, and say what it gave."""
     need_packages(("peft", "datasets"))
-    from trueline.cli.bars import bar
     from trueline.jobs.stacking import StackConfig, stack
-    from trueline.settings.reader import explain
-    from trueline.train.keep import KEEP
 
     layers = read_layers(args)
-    given = {name: value for values, _ in layers for name, value in values.items()}
-    way = str(given.get("keep", StackConfig.keep))
-    if way not in KEEP:
-        raise ConfigError(f'Unknown way to keep "{way}".{suggestion(way, KEEP)}')
     if args.list_settings:
-        for setting, default, text in explain([StackConfig, KEEP[way]]):
-            if setting != "options":
-                print(f"{setting} = {default}\n    {text}")
+        print_settings(StackConfig.explained(layers))
         return
-    config = config_of(layers, KEEP[way])
+    config = StackConfig.layered(layers)
     if args.output is None:
         raise ConfigError("`--output DIR` is missing: the folder for the adapters.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("A stream is trained by one process. Start it without a launcher.")
-    folder = Path(args.output)
-    try:
-        with bar("step") as progress:
-            results = stack(
-                config, folder, resume=args.resume, overwrite=args.overwrite,
-                command=command(args), progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        if (folder / "manifest.json").exists():
-            print(f"--resume goes on where {folder} stopped", file=sys.stderr)
-        raise
-    for name in results.broken:
-        print(f"{folder}: {name} is broken; went on from before it.", file=sys.stderr)
+    with running(args) as call:
+        results = stack(config, args.output, **call)
+    say_broken(results)
     show(args, results)
-
-
-def config_of(layers: list[tuple[dict[str, Any], str]], way: type) -> StackConfig:
-    """Return the job's settings; those of the way to keep become its options."""
-    from trueline.jobs.stacking import StackConfig
-    from trueline.settings.reader import build, check, merge
-
-    values = merge(*(check(given, [StackConfig, way], source) for given, source in layers))
-    own = {f.name: values[f.name] for f in fields(way) if f.name in values}
-    return build(StackConfig, {**values, "options": own})
 
 
 def show(args: argparse.Namespace, results: StackResults) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trueline.jobs.distil_config import DistilConfig
 from trueline.records.cards import model_card
 from trueline.records.run_folder import RunFolder
 from trueline.settings.reader import write_toml
 from trueline.train.card import rank_note
 from trueline.train.curves import draw_curves
 from trueline.train.progress import LOG
-
-if TYPE_CHECKING:
-    from trueline.jobs.distillation import DistilConfig
 
 PANELS = {
     "loss": "loss",

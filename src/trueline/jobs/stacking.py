@@ -23,7 +23,7 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ from trueline.models.places import BUNDLED
 from trueline.records.hashes import versions
 from trueline.records.lines import plain
 from trueline.records.run_folder import RunFolder
-from trueline.settings.reader import write_toml
+from trueline.settings.reader import build, check, explain, merge, write_toml
 from trueline.train.chain import Scores, chain, links
-from trueline.train.keep import make_keep
+from trueline.train.keep import Keep, find_keep, make_keep
 from trueline.train.tasks.fresh import model_factory
 from trueline.train.tasks.scores import matrices
 from trueline.train.tasks.stages import TaskStages
@@ -78,6 +78,28 @@ class StackConfig(StreamConfig):
         make_keep(self.keep, **self.options)
         if self.threads is not None:
             check_number("threads", self.threads, low=1, high=MAX_THREADS, whole=True)
+
+    @classmethod
+    def layered(cls, layers: Sequence[tuple[Mapping[str, Any], str]]) -> StackConfig:
+        """Return the config of layers of settings, each with where it was said; the last wins.
+
+        The way to keep has its own settings among them.
+        """
+        way = cls._way(layers)
+        values = merge(*(check(given, [cls, way], source) for given, source in layers))
+        own = {f.name: values[f.name] for f in fields(way) if f.name in values}
+        return build(cls, {**values, "options": own})
+
+    @classmethod
+    def explained(cls, layers: Sequence[tuple[Mapping[str, Any], str]] = ()) -> list[Any]:
+        """Return (name, default, what it is) of every setting, the way's that `layers` name."""
+        rows = explain([cls, cls._way(layers)])
+        return [row for row in rows if row[0] != "options"]
+
+    @classmethod
+    def _way(cls, layers: Sequence[tuple[Mapping[str, Any], str]]) -> type[Keep]:
+        given = [values["keep"] for values, _ in layers if "keep" in values]
+        return find_keep(str(given[-1] if given else cls.keep))
 
     def training(self) -> StreamConfig:
         """Return what decides how each task is trained and measured."""

@@ -23,7 +23,7 @@ from trueline.train.keep.penalty import kept
 from trueline.train.keep.replay import Replay
 from trueline.train.keep.stage import Keep, Stage
 
-__all__ = ["KEEP", "Keep", "Stage", "check_options", "kept", "make_keep"]
+__all__ = ["KEEP", "Keep", "Stage", "check_options", "find_keep", "kept", "make_keep"]
 
 KEEP: dict[str, type[Keep]] = {
     way.name: way for way in (Keep, OLora, InfLora, DriftKeep, Ella, Replay)
@@ -36,10 +36,16 @@ def make_keep(name: str, **options: Any) -> Keep:
     >>> make_keep("replay", buffer=64)
     Replay(buffer=64, share=0.5)
     """
+    way = find_keep(name)
+    check_options(f'"{name}"', way, options)
+    return way(**options)
+
+
+def find_keep(name: str) -> type[Keep]:
+    """Return the class of a way by its name."""
     if name not in KEEP:
         raise ConfigError(f'Unknown way to keep "{name}".{suggestion(name, KEEP)}')
-    check_options(f'"{name}"', KEEP[name], options)
-    return KEEP[name](**options)
+    return KEEP[name]
 
 
 def check_options(who: str, way: type[Keep], options: Iterable[str]) -> None:
