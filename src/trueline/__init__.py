@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trueline.engine.protocol import Prompt, Step, Ticket
     from trueline.errors import ConfigError, DataError, ModelError, TruelineError
     from trueline.evals.judging import JudgeConfig
+    from trueline.jobs.diagnosis import DiagnoseConfig, diagnose
     from trueline.jobs.distil_config import DistilConfig
     from trueline.jobs.distillation import DistilResults, distil
     from trueline.jobs.exporting import ExportConfig, export
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     )
     from trueline.jobs.measurement import MeasureConfig, measure
     from trueline.jobs.prompt_files import generate_file
+    from trueline.jobs.readings import Diagnosis
     from trueline.jobs.reports import ReportConfig, report
     from trueline.jobs.row_plan import PromptFileConfig
     from trueline.jobs.sessions import MeasureResults
@@ -48,8 +50,10 @@ _HOMES = {
     "trueline.engine.protocol": ("Prompt", "Step", "Ticket"),
     "trueline.errors": ("ConfigError", "DataError", "ModelError", "TruelineError"),
     "trueline.engine.hook": ("guided",),
+    "trueline.jobs.diagnosis": ("DiagnoseConfig", "diagnose"),
     "trueline.jobs.distil_config": ("DistilConfig",),
     "trueline.jobs.distillation": ("DistilResults", "distil"),
+    "trueline.jobs.readings": ("Diagnosis",),
     "trueline.jobs.exporting": ("ExportConfig", "export"),
     "trueline.jobs.prompt_files": ("generate_file",),
     "trueline.jobs.row_plan": ("PromptFileConfig",),

@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "answer a question, or a file of them, under a decoding method",
     "chat": "talk to a model in the terminal and change the method as you go",
     "inspect": "show token by token what a method changed, as HTML, PNG and JSONL",
+    "diagnose": "say what a model makes of a system text, and from which settings to start",
     "methods": "list the decoding methods, their options and papers",
     "demo": "measure principle adherence and over-refusal on the bundled model",
     "eval": "measure refusal, preference and judges, and sweep a method's settings",
