@@ -28,7 +28,7 @@ BUDGET = 0.05
 """Confidence of the prompt, a token, that a setting to start from may overrule."""
 FAINT = 0.05
 """Nats a token; a text that does less hardly changes the model. Texts that ask for nothing, such as
-"Today is Tuesday.", do 0.016 to 0.040 on SmolLM2-135M, which follows none of those below."""
+"Today is Tuesday.", do at most 0.040 on SmolLM2-135M, 0.008 on Qwen2.5-Coder-0.5B, 0.001 on tiny."""
 NOTICED = 0.1
 """Over-refusal that a safety prompt has to add for Self-CD to have something to take away."""
 ALPHA = 1.5
