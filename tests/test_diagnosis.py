@@ -22,12 +22,11 @@ from trueline import (
 )
 from trueline.cli import main
 from trueline.evals import effects
-from trueline.evals.effects import Effect
+from trueline.evals.effects import FAINT, Effect
 from trueline.evals.items import bundled
 from trueline.evals.statistics import Estimate
 from trueline.jobs.readings import (
     BUDGET,
-    FAINT,
     STEPS,
     PrincipleReading,
     TextReading,
@@ -99,7 +98,7 @@ class TestEffects:
     def test_forced_goes_through_all_branches(self, lm_tiny):
         blend = Blend((("Be brief.", 2.0), ("Rhyme.", -1.0)))
         prompt = Decoder(lm_tiny).encode("Hi", blend)
-        [z] = effects.forced(Decoder(lm_tiny), [prompt.branches, prompt.branches], [[5, 6], []])
+        [z] = effects.forced(Decoder(lm_tiny), [prompt, prompt], [[5, 6], []])
         assert z.shape[:2] == (2, 3)
 
 

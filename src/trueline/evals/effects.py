@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from trueline.engine.protocol import Continuation
-from trueline.types import Method
+from trueline.engine.protocol import Continuation, Prompt
+from trueline.evals.statistics import mean
+from trueline.types import Method, base_branches
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,10 +31,20 @@ if TYPE_CHECKING:
 
     from trueline.engine.decoding import Decoder
 
-Branches = Sequence[Sequence[int]]
-"""Token ids of a request's prompts, one for each branch."""
 OPENINGS = ("I'm sorry", "Sorry", "I cannot", "I can't")
 """How most refusals begin; no two can begin the same answer."""
+FAINT = 0.05
+"""Nats a token; prompts that differ less are hardly two prompts. Texts that ask for nothing, such as
+"Today is Tuesday.", do at most 0.040 on SmolLM2-135M, 0.008 on Qwen2.5-Coder-0.5B and 0.001 on the
+bundled model; "Talk like a pirate." does 0.19, 0.13 and 0.27."""
+AGAINST = 0.5
+"""Log-odds of a refusal by which a text may lower them on a few prompts before it counts as working
+backwards; on more prompts an interval decides. A safety prompt lowers them by 0.43 on harmless
+requests (XSTest) on Qwen2.5-Coder-0.5B; it adds 1.5 on SmolLM2-135M and 6.7 on the bundled model."""
+FEW = 4
+"""Prompts from which on an interval is taken, in place of `AGAINST`."""
+WATCHED, FIRST = 8, 32
+"""Answers that a run's own look at its method takes, and how many of their tokens."""
 CERTAIN = 1 - 1e-9
 """The highest probability whose odds are told apart."""
 
@@ -50,11 +61,18 @@ class Effect:
 
 
 def forced(
-    decoder: Decoder, prompts: Sequence[Branches], answers: Sequence[Sequence[int]]
+    decoder: Decoder, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
 ) -> Iterable[Float[Tensor, "time branch vocab"]]:
-    """Yield the logits that every branch of a prompt has at the tokens of its answer."""
-    pairs = zip(prompts, answers, strict=True)
-    return decoder.score([Continuation(branches, tokens) for branches, tokens in pairs if tokens])
+    """Yield the logits that every branch of a prompt has at the tokens of its answer.
+
+    Answers without tokens are left out.
+    """
+    items = []
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        off = base_branches(prompt.method)
+        on = tuple(k not in off for k in range(len(prompt.branches))) if off else None
+        items += [Continuation(prompt.branches, tokens, on)] if tokens else []
+    return decoder.score(items)
 
 
 def effect(logits: Iterable[Float[Tensor, "time branch vocab"]]) -> Effect:
@@ -94,6 +112,41 @@ def refusal_odds(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> NDArray[
     log_mass = torch.stack(mass).view(len(prompts), -1).logsumexp(1)
     odds: NDArray[np.float64] = (log_mass - torch.log1p(-log_mass.exp().clamp(max=CERTAIN))).numpy()
     return odds
+
+
+def warning(
+    decoder: Decoder, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
+) -> str | None:
+    """Return a line where a method has little to work with on this model, or works backwards.
+
+    Little: its prompts hardly differ. Backwards: a method against over-refusal whose first prompt
+    makes refusals less likely, so that taking away what it does adds some; seen on prompts that the
+    model would rather answer. Looks at the first few answers, for the price of a few forwards.
+    """
+    pairs = zip(prompts, answers, strict=True)
+    some = [(p, list(a[:FIRST])) for p, a in pairs if len(p.branches) > 1 and a][:WATCHED]
+    if not some:
+        return None
+    method = some[0][0].method
+    if getattr(method, "goal", "adherence") == "refusal":
+        odds = [refusal_odds(decoder, [p.branches[k] for p, _ in some]) for k in (0, 1)]
+        moved = (odds[0] - odds[1])[odds[1] < 0]
+        few = len(moved) < FEW
+        if len(moved) and (moved.mean() < -AGAINST if few else mean(moved).high < 0):
+            return (
+                f"{method.name} works backwards here: its text lowers the odds of a refusal by "
+                f"{-moved.mean():.2f} nats, so taking it away adds some. `trueline diagnose` says "
+                "more."
+            )
+        if few:
+            return None
+    found = effect(forced(decoder, [p for p, _ in some], [a for _, a in some]))
+    if found.nats >= FAINT:
+        return None
+    return (
+        f"the prompts of {method.name} hardly differ on this model ({found.nats:.3f} nats a token): "
+        "it has little to work with. `trueline diagnose` says more."
+    )
 
 
 def _rows(openings: Sequence[list[int]]) -> dict[tuple[int, ...], list[list[int]]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trueline.engine.decoding import Decoder
+from trueline.engine.protocol import Prompt
 from trueline.errors import ConfigError, check_number, check_text
 from trueline.evals import effects
 from trueline.evals.datasets import Source
@@ -276,10 +277,7 @@ class _Look:
     ) -> tuple[Effect, dict[str, float]]:
         """Return how far the principle moves the model, and what each step overrules, a token."""
         method = LinearAlignment(text)
-        prompts = [
-            [encode(self.model, chat) for chat in method.prompts(chat_of(self.model, item.chat))]
-            for item in items[:SCORED]
-        ]
+        prompts = [self.decoder.encode(Request(item.chat, method)) for item in items[:SCORED]]
         logits = list(
             effects.forced(self.decoder, prompts, [a.token_ids for a in answers[:SCORED]])
         )
@@ -341,13 +339,8 @@ class _Look:
     def _moved(self, chats: Sequence[list[Message]], answers: Sequence[Completion]) -> Effect:
         """Return how far a text is from the model's first one, on some of the requests."""
         some = range(0, len(chats), max(1, len(chats) // SCORED))
-        prompts = [
-            [
-                encode(self.model, chat)
-                for chat in (chats[i], self._under(self.texts[0], self.requests[i]))
-            ]
-            for i in some
-        ]
+        pairs = [(chats[i], self._under(self.texts[0], self.requests[i])) for i in some]
+        prompts = [Prompt([encode(self.model, chat) for chat in pair]) for pair in pairs]
         return effects.effect(
             effects.forced(self.decoder, prompts, [answers[i].token_ids for i in some])
         )

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trueline.evals.effects import Effect
+from trueline.evals.effects import FAINT, Effect
 from trueline.evals.statistics import Estimate
 from trueline.evals.tables import Table, markdown_table, render_table
 from trueline.methods import LinearAlignment
@@ -26,9 +26,6 @@ STEPS = tuple(LinearAlignment("x", ratio=ratio) for ratio in (3.0, 2.0, 1.0, 0.5
 """Settings of Linear Alignment to start from, the strongest first."""
 BUDGET = 0.05
 """Confidence of the prompt, a token, that a setting to start from may overrule."""
-FAINT = 0.05
-"""Nats a token; a text that does less hardly changes the model. Texts that ask for nothing, such as
-"Today is Tuesday.", do at most 0.040 on SmolLM2-135M, 0.008 on Qwen2.5-Coder-0.5B, 0.001 on tiny."""
 NOTICED = 0.1
 """Over-refusal that a safety prompt has to add for Self-CD to have something to take away."""
 ALPHA = 1.5
