@@ -6,7 +6,6 @@ import argparse
 import json
 
 from trueline.cli.bars import bar
-from trueline.cli.folders import command
 from trueline.cli.options import add_model_options, model_config
 
 EXAMPLES = """examples:
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             args.output,
             progress=progress,
             overwrite=args.overwrite,
-            command=command(args),
+            command=args.typed,
         )
     if args.json:
         print(json.dumps(found.as_dict(), ensure_ascii=False))

@@ -23,8 +23,7 @@ from trueline.evals.datasets import Source
 from trueline.evals.effects import Effect
 from trueline.evals.items import Item, adherence_items, bundled, refusal_items
 from trueline.evals.judges import KeywordJudge
-from trueline.evals.patterns import check_pattern, matches
-from trueline.evals.quality import repetition_rate
+from trueline.evals.patterns import check_pattern
 from trueline.evals.statistics import Estimate, mean, rate
 from trueline.jobs.readings import (
     ALPHA,
@@ -35,6 +34,7 @@ from trueline.jobs.readings import (
     direction_of,
     setting_of,
     start_from,
+    with_answers,
 )
 from trueline.methods import LinearAlignment, Plain, SelfCD
 from trueline.methods.linear_alignment import RELEASE_SYSTEM
@@ -261,7 +261,9 @@ class _Look:
             prompted = self._answers("prompt", items, Plain(principle=text), principle=text)
             effect, costs = self._compared(text, items, prompted)
             answers = {"plain": [plain[item.prompt] for item in items], "prompt": prompted}
-            readings.append(_reading(PrincipleReading(text, effect, costs, {}, {}), items, answers))
+            readings.append(
+                with_answers(PrincipleReading(text, effect, costs, {}, {}), items, answers)
+            )
         step = start_from(readings)
         if step is None:
             return tuple(readings), None
@@ -269,7 +271,7 @@ class _Look:
         for i, (text, items) in enumerate(self.asked.items()):
             method = LinearAlignment(text, **options)
             aligned = self._answers("aligned", items, method, principle=text)
-            readings[i] = _reading(readings[i], items, {"aligned": aligned})
+            readings[i] = with_answers(readings[i], items, {"aligned": aligned})
         return tuple(readings), options
 
     def _compared(
@@ -382,21 +384,3 @@ class _Look:
         self.told = getattr(self, "told", 0) + new
         if self.progress is not None:
             self.progress("answers", self.told, self.total)
-
-
-def _reading(
-    reading: PrincipleReading, items: Sequence[Item], answers: dict[str, list[Completion]]
-) -> PrincipleReading:
-    """Return the reading with what the answers of further ways count for."""
-    adherence, repetition = dict(reading.adherence), dict(reading.repetition)
-    for way, own in answers.items():
-        repetition[way] = float(mean([repetition_rate(answer.token_ids) for answer in own]).value)
-        patterns = [item.pattern for item in items]
-        if all(patterns):
-            adherence[way] = rate(
-                [
-                    matches(str(pattern), answer.text, ignore_case=True)
-                    for pattern, answer in zip(patterns, own, strict=True)
-                ]
-            )
-    return replace(reading, adherence=adherence, repetition=repetition)

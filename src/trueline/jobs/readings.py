@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trueline.evals.effects import FAINT, Effect
-from trueline.evals.statistics import Estimate
+from trueline.evals.items import Item
+from trueline.evals.patterns import matches
+from trueline.evals.quality import repetition_rate
+from trueline.evals.statistics import Estimate, mean, rate
 from trueline.evals.tables import Table, markdown_table, render_table
 from trueline.methods import LinearAlignment
 from trueline.records.lines import dump
 from trueline.records.style import brief, decimal, printable, share, shortened
+from trueline.types import Completion
 
 Direction = Literal["takes away", "nothing", "backwards"]
 STEPS = tuple(LinearAlignment("x", ratio=ratio) for ratio in (3.0, 2.0, 1.0, 0.5, 0.25))
@@ -151,6 +155,24 @@ def direction_of(own: TextReading, safety: TextReading) -> Direction:
     if safety.shift.high < 0 and added <= 0:
         return "backwards"
     return "takes away" if safety.shift.low > 0 and added >= NOTICED else "nothing"
+
+
+def with_answers(
+    reading: PrincipleReading, items: Sequence[Item], answers: dict[str, list[Completion]]
+) -> PrincipleReading:
+    """Return the reading with what the answers of further ways count for."""
+    adherence, repetition = dict(reading.adherence), dict(reading.repetition)
+    for way, own in answers.items():
+        repetition[way] = float(mean([repetition_rate(answer.token_ids) for answer in own]).value)
+        patterns = [item.pattern for item in items]
+        if all(patterns):
+            adherence[way] = rate(
+                [
+                    matches(str(pattern), answer.text, ignore_case=True)
+                    for pattern, answer in zip(patterns, own, strict=True)
+                ]
+            )
+    return replace(reading, adherence=adherence, repetition=repetition)
 
 
 def _principle_advice(found: Diagnosis) -> list[str]:
