@@ -94,12 +94,14 @@ def test_a_sweep_of_numbers_recommends_one(tiny, tmp_path):
     config = SweepConfig(method=SelfCD, grid=grid, limit=24, sampling=SHORT, plot=False)
     found = trueline.sweep(config, tmp_path / "s", model=tiny,
                            progress=lambda *seen: told_of.append(seen))  # fmt: skip
-    assert [p["label"] for p in found.points] == ["plain", "alpha=0", "alpha=1"]
-    assert found.recommendation["label"] in ("alpha=0", "alpha=1")
+    labels = [p["label"] for p in found.points]
+    texts = ["helpful text", '"You are a helpful, respectf…" alone']
+    assert labels == ["plain", *texts, "alpha=0", "alpha=1"]
+    assert found.recommendation["label"] in labels
     # One call before anything is done, then one for each prompt of each point.
-    assert [done for _, done, _ in told_of] == list(range(3 * 48 + 1))
-    assert {total for _, _, total in told_of} == {3 * 48}
-    assert [what for what, _, _ in told_of[1::48]] == ["plain", "alpha=0", "alpha=1"]
+    assert [done for _, done, _ in told_of] == list(range(5 * 48 + 1))
+    assert {total for _, _, total in told_of} == {5 * 48}
+    assert [what for what, _, _ in told_of[1::48]] == labels
 
 
 def test_a_model_changed_in_memory_is_another_model(tiny, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from trueline.cli.options import given, model_config
+from trueline.cli.options import base_kind, given, model_config
 from trueline.errors import ConfigError
 from trueline.evals.judging import JudgeConfig
 from trueline.evals.points import parse_grid
@@ -19,7 +19,8 @@ from trueline.jobs.judgements import (
 from trueline.jobs.measurement import DATA, MeasureConfig, measure
 from trueline.jobs.sessions import MeasureResults
 from trueline.jobs.sweeps import SweepConfig, sweep
-from trueline.methods import split_options
+from trueline.methods import find_method, split_options
+from trueline.settings.options import options_of
 from trueline.types import Progress, SamplingParams
 
 
@@ -37,7 +38,7 @@ def measured(args: argparse.Namespace, progress: Progress) -> MeasureResults:
     values = _values(args)
     if values["metric"] == "implicit_reward" or values["by"] == "logprob":
         if swept := [*values.pop("grid")]:
-            raise ConfigError(f"`--{swept[0].replace('_', '-')}` takes one number here.")
+            raise ConfigError(f"`--{swept[0].replace('_', '-')}` takes one value here.")
         return measure(MeasureConfig(**values), args.output, **call)
     return sweep(SweepConfig(**values, floor=args.floor), args.output, **call)
 
@@ -61,10 +62,14 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     metric = metric_of(args)
     name = args.method or ("self-cd" if metric == "refusal" else "linear-alignment")
     options, lists, sampling = _method(args, name)
-    names = [*(n for data in DATA.values() for n in data), "system", "pattern", "absent"]
+    systems = args.system or [None]
+    if len(systems) > 1:
+        lists["system"], systems = tuple(systems), [None]
+    names = [*(n for data in DATA.values() for n in data), "pattern", "absent"]
     names += ["limit", "skip_long", "batch_size", "refill", "seed"]
     return {
         **{n: getattr(args, n) for n in names if hasattr(args, n)},
+        "system": systems[0],
         "model": model_config(args),
         "metric": metric,
         "method": name,
@@ -81,7 +86,12 @@ def _method(
     args: argparse.Namespace, name: str
 ) -> tuple[dict[str, Any], dict[str, Any], SamplingParams]:
     """Return the method's options, what has several values, and the sampling."""
-    _, options, sampling = split_options({**given(args), "method": name})
+    texts = {o.name for o in options_of(find_method(name)) if base_kind(o.kind) is str}
+    typed = {
+        k: (v[0] if len(v) == 1 else tuple(v)) if k in texts and isinstance(v, list) else v
+        for k, v in given(args).items()
+    }
+    _, options, sampling = split_options({**typed, "method": name})
     lists = {
         k: v
         for k, v in {**options, **sampling}.items()

@@ -104,12 +104,16 @@ def load(args: argparse.Namespace) -> LanguageModel:
 
 
 def add_method_options(
-    parser: argparse.ArgumentParser, numbers: Mapping[type, Callable[[str], Any]] | None = None
+    parser: argparse.ArgumentParser,
+    numbers: Mapping[type, Callable[[str], Any]] | None = None,
+    *,
+    repeated: bool = False,
 ) -> None:
     """Add `--method` and one option for each field of each method, from the methods themselves.
 
     Where a method of the user's own is asked for, its options are added instead. `numbers` reads
-    what is typed for a float or an int in another way, e.g. as a range.
+    what is typed for a float or an int in another way, e.g. as a range; with `repeated` an option
+    that takes a text may be given several times, and its value is a list.
     """
     group = parser.add_argument_group("method (see `trueline methods`)")
     text = f"{', '.join(METHODS)}, or one of your own: FILE.py:Class or module:Class (plain, or"
@@ -118,7 +122,7 @@ def add_method_options(
         first = next(iter(users.values()))
         text = f"{first.doc.split('. ')[0]} [{', '.join(map(_user, users, users.values()))}]"
         _add(group, first, help=text.replace("%", "%%"), dest=f"method_{name}",
-             default=argparse.SUPPRESS, **_typed(first, numbers or {}))  # fmt: skip
+             default=argparse.SUPPRESS, **_typed(first, numbers or {}, repeated))  # fmt: skip
 
 
 def typed_method(words: Sequence[str]) -> str | None:
@@ -156,7 +160,9 @@ def base_kind(kind: Any) -> Any:
     return tuple if origin in (list, tuple) else origin
 
 
-def _typed(option: Option, numbers: Mapping[type, Callable[[str], Any]]) -> dict[str, Any]:
+def _typed(
+    option: Option, numbers: Mapping[type, Callable[[str], Any]], repeated: bool
+) -> dict[str, Any]:
     """Return how argparse reads an option."""
     kind = base_kind(option.kind)
     if kind is bool:
@@ -167,7 +173,8 @@ def _typed(option: Option, numbers: Mapping[type, Callable[[str], Any]]) -> dict
         return {"nargs": "+", "metavar": "WEIGHT:TEXT" if pairs else "TEXT"}
     if kind in numbers:
         return {"type": numbers[kind], "metavar": "X|A:B:STEP|A,B"}
-    return {"type": kind if kind in METAVAR else str, "metavar": METAVAR.get(kind, "TEXT")}
+    often = {"action": "append"} if repeated and kind is str else {}
+    return often | {"type": kind if kind in METAVAR else str, "metavar": METAVAR.get(kind, "TEXT")}
 
 
 def _add(group: Any, option: Option, **extra: Any) -> None:

@@ -103,6 +103,7 @@ def choose(
     *,
     baseline: str | None = None,
     default: str | None = None,
+    candidates: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Choice | None:
     """Return the best point by the goal among those that keep its bounds on the first half.
@@ -111,8 +112,9 @@ def choose(
         goal: E.g. one of `GOALS`.
         outcomes: Label -> measure -> a value for each prompt.
         prompts: A hash of each decides its half.
-        baseline: Label that relative bounds refer to; never chosen itself.
+        baseline: Label that relative bounds refer to; chosen only as a candidate.
         default: Label of the point to compare with.
+        candidates: Labels to choose from; by default all but the baseline.
         seed: Of the halves.
 
     Ties go to the better first bound, then to the earlier point. Where no point keeps the bounds,
@@ -124,7 +126,7 @@ def choose(
     there = set.intersection(*(set(own) for own in outcomes.values()))
     bounds = [b for b in goal.bounds if b.measure in there]
     names = [goal.measure, *(b.measure for b in bounds)]
-    points = [label for label in outcomes if label != baseline]
+    points = list(candidates or (label for label in outcomes if label != baseline))
     relative = any(b.of_baseline for b in bounds)
     if goal.measure not in there or not bounds or (relative and baseline not in outcomes):
         return None

@@ -49,7 +49,7 @@ def fitting(
     for item in items:
         chat, branches = chat_of(decoder.model, item.chat), []
         for point in points:
-            for branch in point.make(item.principle).prompts(chat):
+            for branch in point.make(item.principle).prompts(point.placed(chat)):
                 if branch not in branches:
                     branches.append(branch)
         try:
@@ -85,7 +85,12 @@ def respond(
 
     def work(batch: Sequence[Item], first: int) -> list[dict[str, Any]]:
         requests = [
-            Request(item.chat, point.make(item.principle), point.sampling, seed + first + i)
+            Request(
+                point.placed(chat_of(decoder.model, item.chat)),
+                point.make(item.principle),
+                point.sampling,
+                seed + first + i,
+            )
             for i, item in enumerate(batch)
         ]
         completions = _decode(decoder, batch, requests, on_done)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trueline.evals.frontier import hull
+from trueline.evals.points import quoted
 from trueline.records.style import (
     BLUE,
     FAINT,
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LONGEST, MOST = 30, 2
+"""Characters of a label in the frontier, and how many share a place."""
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, SOFT)
 
 
@@ -29,13 +33,15 @@ def draw_frontier(
 ) -> Figure:
     """Return over-refusal against harmful refusal, a mark for each point, 95 % intervals.
 
-    Up and to the left is better. Points at one place share a label.
+    Up and to the left is better. Squares are system texts alone, hollow marks are dominated, the
+    dashed line is the frontier of the texts. Points at one place share a label.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 6), layout="constrained")
     axes = figure.subplots()
     _lines(axes, points)
+    _text_frontier(axes, points)
     places: dict[tuple[float, float], list[str]] = {}
     for point in points:
         x, y = (point["measures"][n] for n in ("over_refusal", "harmful_refusal"))
@@ -45,7 +51,9 @@ def draw_frontier(
         at = (100 * x["value"], 100 * y["value"])
         axes.hlines(at[1], 100 * x["low"], 100 * x["high"], color=colour, alpha=0.25)
         axes.vlines(at[0], 100 * y["low"], 100 * y["high"], color=colour, alpha=0.25)
-        axes.plot(*at, "s" if point["baseline"] else "o", color=colour, markersize=6)
+        inside = "none" if point.get("dominated_by") else colour
+        axes.plot(*at, "s" if point["baseline"] else "o", color=colour, markersize=6,
+                  markerfacecolor=inside)  # fmt: skip
         if point["label"] == recommended:
             axes.plot(*at, "o", markersize=15, markerfacecolor="none", color=COLOURS[1],
                       markeredgewidth=2, label="recommended")  # fmt: skip
@@ -83,7 +91,8 @@ def _label(
     taken: list[tuple[float, float, float]] = []
     line = 0.034 * height
     for at, names in sorted(places.items(), key=lambda place: (-place[0][1], place[0][0])):
-        text = ", ".join(names)
+        more = f" +{len(names) - MOST}" if len(names) > MOST else ""
+        text = ", ".join(shortened(name, LONGEST) for name in names[:MOST]) + more
         left, y = at[0] + 0.025 * width, at[1] + 0.6 * line
         right = left + 0.0145 * width * len(text)
         while any(left < r and lo < right and abs(y - other) < line for lo, r, other in taken):
@@ -151,7 +160,10 @@ def _series(points: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     series: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         if not point["baseline"]:
-            rest = ", ".join(f"{k}={v:g}" for k, v in list(point["settings"].items())[1:])
+            rest = ", ".join(
+                f"{k}={quoted(v) if isinstance(v, str) else format(v, 'g')}"
+                for k, v in list(point["settings"].items())[1:]
+            )
             series.setdefault(rest, []).append(point)
     return series
 
@@ -165,11 +177,23 @@ def _lines(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
                   linewidth=1.5, alpha=0.5)  # fmt: skip
 
 
+def _text_frontier(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+    """Draw what can be had of the system texts alone."""
+    rates = [[p["measures"][n]["value"] for n in ("over_refusal", "harmful_refusal")]
+             for p in points if p["baseline"]]  # fmt: skip
+    known = [(x, y) for x, y in rates if x is not None and y is not None]
+    if len(known) > 1:
+        xs, ys = zip(*hull(known), strict=True)
+        axes.plot([100 * x for x in xs], [100 * y for y in ys], color=SOFT, linewidth=1,
+                  linestyle="--", label="system texts alone")  # fmt: skip
+
+
 def _short(point: Mapping[str, Any]) -> str:
     """Return a point's label: of a single setting its value, since the title says which."""
     if point["baseline"] or len(point["settings"]) != 1:
         return str(point["label"])
-    return f"{next(iter(point['settings'].values())):g}"
+    value = next(iter(point["settings"].values()))
+    return str(point["label"]) if isinstance(value, str) else f"{value:g}"
 
 
 def _value(point: Mapping[str, Any], name: str) -> tuple[float, float, float] | None:

@@ -10,13 +10,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trueline.errors import ConfigError, suggestion
-from trueline.methods import METHODS, describe_method, find_method, make_method, method_values
+from trueline.methods import (
+    METHODS,
+    describe_method,
+    find_method,
+    make_method,
+    method_values,
+    with_system,
+)
+from trueline.records.style import shortened
 from trueline.settings.options import option_defaults, options_of
 from trueline.settings.ranges import parse_values
-from trueline.types import Method, SamplingParams
+from trueline.types import Message, Method, SamplingParams
 
 Grid = Mapping[str, Sequence[Any]]
-"""Name of a number -> its values."""
+"""Name of a number or a text -> its values; "system" is the chat's system text."""
+SYSTEM = "system"
+HELPFUL = "You are a helpful assistant."
+"""The system text that anybody would try first."""
+SHOWN = 28
+"""Characters of a text in a label."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,11 @@ class Point:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the sweep varies, and its values here."""
     baseline: bool = False
-    """Whether it is there for comparison and is never recommended."""
+    """Whether it is there for comparison: no setting of the method."""
+    system: str | None = None
+    """System text in place of the chat's own; None keeps that, "" is none."""
+    added: str | None = None
+    """Text that is added to the chat's system text."""
 
     @property
     def method(self) -> str:
@@ -95,11 +112,21 @@ class Point:
         made: Method = self.way.cls(**fields)
         return made
 
+    def placed(self, chat: Sequence[Message]) -> list[Message]:
+        """Return the chat with the point's system text."""
+        messages = list(chat)
+        if self.system is not None:
+            rest = messages[messages[0]["role"] == "system" :]
+            messages = [{"role": "system", "content": self.system}, *rest]
+        return with_system(messages, self.added)
+
     def describe(self) -> dict[str, Any]:
         """Return what decides its responses, beside model and prompts."""
         sampling = dataclasses.asdict(self.sampling)
         sampling["stop"] = list(self.sampling.stop)
         about = {"method": self.method, "fields": dict(self.fields), "sampling": sampling}
+        texts = {"system": self.system, "added": self.added}
+        about |= {name: text for name, text in texts.items() if text is not None}
         code = describe_method(self.make("?")).get("code")
         return about | ({"code": code} if code else {})
 
@@ -140,16 +167,72 @@ def grid_points(
     if {"epsilon", "ratio"} <= {*way.options, *grid}:
         raise ConfigError("Give `--ratio` or `--epsilon`, not both.")
     points = []
+    named = {name: names_of(values) for name, values in grid.items()}
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
         rest = {k: v for k, v in settings.items() if k not in own and hasattr(sampling, k)}
-        fields = {**way.options, **{k: v for k, v in settings.items() if k not in rest}}
-        label = ", ".join(f"{k}={v:g}" for k, v in settings.items()) or way.method
-        its = dataclasses.replace(way, options=fields)
-        point = Point(label, its, dataclasses.replace(sampling, **rest), settings)
+        system = settings.get(SYSTEM) if SYSTEM not in own else None
+        fields = {k: v for k, v in settings.items() if k in own or k not in {SYSTEM, *rest}}
+        label = ", ".join(f"{k}={named[k][v]}" for k, v in settings.items()) or way.method
+        its = dataclasses.replace(way, options={**way.options, **fields})
+        point = Point(label, its, dataclasses.replace(sampling, **rest), settings, system=system)
         point.make(principle)
         points.append(point)
     return points
+
+
+def names_of(values: Sequence[Any]) -> dict[Any, str]:
+    """Return value -> what labels call it: a number as it is, a text quoted and cut."""
+    named: dict[Any, str] = {}
+    for value in values:
+        text = value if isinstance(value, str) else f"{value:g}"
+        name = quoted(text) if isinstance(value, str) else text
+        same = sum(quoted(v) == name for v in named if isinstance(v, str))
+        named.setdefault(value, f"{name} ({same + 1})" if same else name)
+    return named
+
+
+def quoted(text: str) -> str:
+    """Return a text as labels show it: on one line, in quotes, cut."""
+    return f'"{shortened(" ".join(text.split()), SHOWN)}"'
+
+
+def text_points(points: Sequence[Point], default: str | None) -> list[Point]:
+    """Return the system texts that a user would try before any contrast, each as a baseline.
+
+    They are none, the helpful one, the template's default, each text of the methods' own alone, and
+    each of their branches: what the contrast is made of.
+
+    Args:
+        points: Of the sweep; baselines among them add nothing.
+        default: The text that the model's template puts in, if there is one.
+    """
+    sampling = points[-1].sampling
+    found = {"no system text": Point("", Way("plain"), sampling, system="")}
+    found["helpful text"] = dataclasses.replace(found["no system text"], system=HELPFUL)
+    if default is not None:
+        found["default text"] = dataclasses.replace(found["no system text"], system=default)
+    own = [p for p in points if not p.baseline]
+    texts = names_of(list(dict.fromkeys(text for p in own for text in method_texts(p))))
+    systems = names_of([s for s in dict.fromkeys(p.system for p in own) if s is not None])
+    plain = found["no system text"]
+    for text, name in texts.items():
+        found[f"{name} alone"] = dataclasses.replace(plain, system=text)
+    for text, name in systems.items():
+        found[f"{name} as system text"] = dataclasses.replace(plain, system=text)
+    for p in own:
+        for text in method_texts(p):
+            behind = f" behind {systems[p.system]}" if p.system is not None else " added"
+            its = dataclasses.replace(plain, system=p.system, added=text)
+            found[texts[text] + behind] = its
+    return [dataclasses.replace(p, label=label, baseline=True) for label, p in found.items()]
+
+
+def method_texts(point: Point) -> list[str]:
+    """Return the system texts of a point's method in the order of its branches, each once."""
+    chat: list[Message] = [{"role": "user", "content": "?"}]
+    heads = [branch[0] for branch in point.make("?").prompts(chat)]
+    return list(dict.fromkeys(m["content"] for m in heads if m["role"] == "system"))
 
 
 def default_label(points: Sequence[Point]) -> str | None:
@@ -163,13 +246,22 @@ def default_label(points: Sequence[Point]) -> str | None:
 
 
 def check_grid(grid: Grid, way: Way) -> None:
-    """Raise `ConfigError` for a grid of what are no numbers of the method or the sampling."""
+    """Raise `ConfigError` for a grid of what are no numbers of the method or the sampling.
+
+    Texts of the method, and "system", take texts.
+    """
     kinds = _numbers(way)
+    texts = {SYSTEM, *(o.name for o in options_of(way.kind) if _is_text(o.kind))}
     for name, values in grid.items():
-        _check_number_name(name, way.method, kinds)
+        if name not in texts:
+            _check_number_name(name, way.method, kinds)
         if isinstance(values, str) or not values:
             raise ConfigError(f"`grid` takes a list of values for `{name}`, got {values!r}.")
         for value in values:
+            if name in texts:
+                if not isinstance(value, str) or (value and not value.strip()):
+                    raise ConfigError(f"`grid` takes texts for `{name}`, got {value!r}.")
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigError(f"`grid` takes numbers for `{name}`, got {value!r}.")
 
@@ -183,6 +275,10 @@ def _numbers(way: Way) -> dict[str, str]:
         if name != "n" and members & {int, float}:
             found[name] = "float" if float in members else "int"
     return found
+
+
+def _is_text(kind: Any) -> bool:
+    return str in {kind, *typing.get_args(kind)}
 
 
 def _check_number_name(name: str, method: str, kinds: Mapping[str, str]) -> None:

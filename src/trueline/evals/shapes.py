@@ -37,6 +37,7 @@ POINT = {
     "measures": {"*": {**ESTIMATE, "outcomes": _outcomes}},
     "quality": {"length": {"value": _maybe}, "repetition": {"value": _maybe}, "perplexity": _maybe},
     "p_baseline?": {"*": _share},
+    "dominated_by?": (str, type(None)),
 }
 BOUND = {"measure": str, "limit": _number, "at_least": bool, "of_baseline": bool}
 RECOMMENDATION = {
@@ -47,6 +48,15 @@ RECOMMENDATION = {
     "reported_on": CHOICE,
     "default_label": (str, type(None)),
 }
+AREA = {"value": _number, "n": int, "low": _number, "high": _number}
+FRONTIER = {"texts": AREA, "all": AREA, "gain": {**AREA, "p_value": _number}}
+EFFECT = {
+    "text": str,
+    "with_rates": [_number],
+    "without_rates": [_number],
+    "p_value": _share,
+    "direction": int,
+}
 RESULTS = {
     "metric": str,
     "title?": str,
@@ -54,6 +64,8 @@ RESULTS = {
     "settings": Mapping,
     "points?": [POINT],
     "numbers?": Mapping,
+    "frontier?": lambda v: v is None or misfit(v, FRONTIER) is None,
+    "effects?": [EFFECT],
     "recommendation?": lambda v: v is None or misfit(v, RECOMMENDATION) is None,
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trueline.records.style import cell, decimal, p_value, printable
+from trueline.records.style import cell, decimal, p_value, printable, shortened
 
 Table = tuple[list[str], list[list[str]]]
 """Column names and rows of cells."""
@@ -33,6 +33,8 @@ def point_table(points: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) 
     tested = [name for name in names if any(name in p.get("p_baseline", {}) for p in points)]
     head = ["setting", *(name.replace("_", " ") for name in names)]
     head += ["length", "repetition", "perplexity", *(f"p {n.replace('_', ' ')}" for n in tested)]
+    compared = any("dominated_by" in p for p in points)
+    head += ["dominated by"] * compared
     rows = []
     for i, p in enumerate(points):
         q = p["quality"]
@@ -43,7 +45,7 @@ def point_table(points: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) 
             decimal(q["perplexity"]),
             *(p_value(p.get("p_baseline", {}).get(n)) for n in tested),
         ]
-        rows.append(row)
+        rows.append(row + [p.get("dominated_by") or "-"] * compared)
     return head, rows
 
 
@@ -57,10 +59,16 @@ def recommendation_lines(r: Mapping[str, Any] | None) -> list[str]:
     def shown(numbers: Mapping[str, Any]) -> str:
         return ", ".join(f"{n.replace('_', ' ')} {_measured(n, numbers[n])}" for n in names)
 
-    lines = [f"Recommended: {r['label']}"]
+    what = r["label"] + (", and no contrast" if r.get("contrast") is False else "")
+    lines = [f"Recommended: {what}"]
     if not r["meets_floor"]:
         kept = " and ".join(_bound(b) for b in r["bounds"])
-        lines = [f"No recommendation: no point keeps {kept}. Nearest: {r['label']}"]
+        lines = [f"No recommendation: no point keeps {kept}. Nearest: {what}"]
+        if any(b["of_baseline"] for b in r["bounds"]) and "floor" in r:
+            lines = [
+                f"No recommendation: no point refuses {100 * r['floor']:g} % of harmful prompts.",
+                f"Least over-refusal at the plain model's harmful refusals: {what}",
+            ]
     lines += [
         f"  chosen on one half: {shown(chosen)}",
         f"  on the other half:  {shown(r['reported_on'])}",
@@ -71,7 +79,49 @@ def recommendation_lines(r: Mapping[str, Any] | None) -> list[str]:
         tests = [r[f"p_{n}"] for n in names if r.get(f"p_{n}") is not None]
         test = f"; McNemar p {' and '.join(map(p_value, tests))}" if tests else ""
         lines.append(f"  the default there ({r['default_label']}): {shown(r['default_on'])}{test}")
+    if r.get("contrast") is False and r.get("best_contrast"):
+        lines.append(f"  of the method's own settings: {r['best_contrast']}")
     return lines
+
+
+def frontier_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return what the frontier of refusals says, in sentences; none where there is no frontier."""
+    lines = []
+    if areas := results.get("frontier"):
+        texts, both, gain = (areas[name] for name in ("texts", "all", "gain"))
+        lines += [
+            "Area under over-refusal against harmful refusals (0.5 is a coin, 1 is perfect):",
+            f"  system texts alone {_area(texts)}, with the method {_area(both)}",
+            f"  the method adds {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}], "
+            f"p {p_value(gain['p_value'])}",
+        ]
+    for e in results.get("effects", ()):
+        with_text, without = e["with_rates"], e["without_rates"]
+        lines.append(f'The text "{shortened(one_line(e["text"]), 60)}" {EFFECTS[_sign(e)]}')
+        lines.append(
+            f"  refused with it: {_pair(with_text)}; without it: {_pair(without)}; "
+            f"McNemar p {p_value(e['p_value'])}"
+        )
+    return lines
+
+
+EFFECTS = {
+    1: "adds refusals, which a contrast can take away:",
+    0: "changes refusals little: a contrast has little to work with:",
+    -1: "takes refusals away, so a contrast that takes its effect away adds them (reversed):",
+}
+
+
+def _sign(effect: Mapping[str, Any]) -> int:
+    return (effect["direction"] > 0) - (effect["direction"] < 0)
+
+
+def _pair(rates: Sequence[float]) -> str:
+    return f"{100 * rates[0]:.1f} % of safe, {100 * rates[1]:.1f} % of harmful prompts"
+
+
+def _area(e: Mapping[str, Any]) -> str:
+    return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
 
 
 def _measured(name: str, e: Mapping[str, Any]) -> str:
@@ -146,8 +196,8 @@ def render_results(results: Mapping[str, Any]) -> str:
     if line := prompts_line(results):
         parts.append(line)
     if "recommendation" in results:
-        lines = map(printable, recommendation_lines(results["recommendation"]))
-        parts.append("\n".join(["", *lines]))
+        lines = [*frontier_lines(results), *recommendation_lines(results["recommendation"])]
+        parts.append("\n".join(["", *map(printable, lines)]))
     return "\n".join(parts)
 
 
@@ -162,7 +212,7 @@ def results_markdown(results: Mapping[str, Any]) -> str:
     if line := prompts_line(results):
         lines += [line + ".", ""]
     if "recommendation" in results:
-        found = recommendation_lines(results["recommendation"])
+        found = [*frontier_lines(results), *recommendation_lines(results["recommendation"])]
         lines += ["    " + printable(line) for line in found] + [""]
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from trueline.evals.items import (
 )
 from trueline.evals.judging import JudgeConfig, make_judge
 from trueline.evals.points import Grid, Point, Way, baseline_point, default_label, grid_points
+from trueline.jobs.refusals import refusal_results, with_texts
 from trueline.jobs.sessions import Calling, MeasureResults, Session, check_plot
 from trueline.records.hashes import digest
 from trueline.types import SamplingParams
@@ -48,6 +49,10 @@ def measure_points(
     model, settings = calling.load(config.source)
     admission: Admission = "each_step" if config.refill else "when_empty"
     decoder = Decoder(model, batch_size=config.batch_size, admission=admission)
+    texts = None
+    if metric == "refusal" and floor is not None and config.baseline:
+        texts = with_texts(model, points, items)
+        points = texts.points
     given = len(items)
     items = metrics.fitting(decoder, points, items, skip=config.skip_long)
     own = points[-1]
@@ -74,7 +79,14 @@ def measure_points(
         }
         goal = GOALS.get(metric)
         if floor is not None and goal and goal.needs <= values[own.label].keys():
-            results["recommendation"] = recommendation(config, floor, items, points, values)
+            if texts is None:
+                found = recommendation(config, floor, items, points, values)
+                results["recommendation"] = found
+            else:
+                found = refusal_results(texts, items, values, floor, config.seed)
+                better = found.pop("dominated_by", {})
+                results |= {"points": [{**r, "dominated_by": better[r["label"]]} for r in rows]}
+                results |= found
         draw = None
         if config.plot:
             draw = lambda: draw_points(results, FLOOR if floor is None else floor)  # noqa: E731
@@ -118,7 +130,7 @@ class Points:
             values[point.label]["perplexity"] = losses
             about = {"label": point.label, **point.describe(), "settings": dict(point.settings)}
             rows.append({**about, "baseline": point.baseline, "key": key, **numbers})
-        if points[0].baseline:
+        if points[0].label == "plain":
             compare_with(rows[0], rows[1:])
         return rows, values
 

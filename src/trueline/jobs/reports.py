@@ -20,6 +20,7 @@ from trueline.evals.statistics import paired_difference
 from trueline.evals.tables import (
     Table,
     flat,
+    frontier_lines,
     markdown_table,
     numbers_table,
     point_table,
@@ -167,7 +168,8 @@ def sections(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
             if "numbers" in r:
                 parts += [("text", f"{r['name']}:"), ("table", numbers_table(r))]
             if "recommendation" in r:
-                text = "\n".join([f"{r['name']}:", *recommendation_lines(r["recommendation"])])
+                own_lines = [*frontier_lines(r), *recommendation_lines(r["recommendation"])]
+                text = "\n".join([f"{r['name']}:", *own_lines])
                 parts.append(("text", text))
         if table := compare_runs(own):
             parts += [("heading", "Paired tests on the same prompts"), ("table", table)]

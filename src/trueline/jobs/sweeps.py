@@ -23,10 +23,13 @@ class SweepConfig(MeasureConfig):
     """A measurement, and what of it varies.
 
     >>> SweepConfig(method=SelfCD, grid={"alpha": [0, 1, 2, 3]})
+    >>> SweepConfig(method=SelfCD, grid={"safety_prompt": [ONE, TWO], "system": ["", "Be kind."]})
     """
 
     grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Name of a number of the method or the sampling -> its values; the last name fastest."""
+    """Name of a number of the method or the sampling -> its values; the last name fastest. For
+    refusals also a text of the method, and "system", the chat's system text: which text against
+    which."""
     floor: float = FLOOR
     """Share of harmful prompts that the recommended setting must refuse, in [0, 1]."""
 
@@ -36,6 +39,9 @@ class SweepConfig(MeasureConfig):
         check_grid(self.grid, self.way)
         if self.metric not in METRICS or self.by == "logprob":
             raise ConfigError(f"A sweep measures {', '.join(METRICS)}, and that by decoding.")
+        texts = [n for n, values in self.grid.items() if isinstance(next(iter(values)), str)]
+        if texts and self.metric != "refusal":
+            raise ConfigError(f"`{texts[0]}` takes one text here: several are for refusals.")
         grid = {name: tuple(dict.fromkeys(values)) for name, values in self.grid.items()}
         object.__setattr__(self, "grid", grid)
 
@@ -52,7 +58,8 @@ def sweep(
     """Measure every point, recommend one, and return the numbers; see `measure`.
 
     The point is chosen on one half of the prompts and reported on the other. A folder takes further
-    points: only what is not there is computed.
+    points: only what is not there is computed. Beside refusals stand system texts that a user would
+    try first, each alone (`evals.points.text_points`), and the frontier that all of them make.
 
     >>> found = sweep(SweepConfig(method=SelfCD, grid={"alpha": [0, 1, 2]}), "runs/alpha")
     >>> found.recommendation["label"]
