@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections import Counter
@@ -154,6 +155,30 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
         return folder
 
     return made
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Callable[[str, Path, str], Path]:
+    """`hub_cache("me/name", folder, commit)`: put files where the hub's client keeps them.
+
+    Returns the folder of that commit, which the name stands for until another is put there.
+    """
+    cache = tmp_path / "hub-cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def put(name: str, folder: Path, commit: str = "0" * 40) -> Path:
+        place = cache / f"models--{name.replace('/', '--')}"
+        snapshot = place / "snapshots" / commit
+        for each in (place / "blobs", place / "refs", snapshot):
+            each.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            blob = place / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+            shutil.copy(path, blob)
+            (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+        (place / "refs/main").write_text(commit)
+        return snapshot
+
+    return put
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -14,9 +14,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from trueline import ConfigError, LanguageModel, ModelError, generate, load_model
 from trueline.models import hub
-from trueline.models.adapter import add_lora, check_targets
+from trueline.models.adapter import adapter_settings, add_lora, check_targets
 from trueline.models.checkpoint import load_as_saved, read_config
 from trueline.models.places import find_model
+from trueline.models.source import ModelConfig
 
 WEIGHTS, LORA = "model.safetensors", "adapter_model.safetensors"
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -297,6 +298,30 @@ def test_loading_an_adapter_says_nothing(whole, tuned, recwarn, capsys):
     load_model(whole, adapter=tuned)
     assert [str(w.message) for w in recwarn] == []
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_adapter_on_the_hub_is_told_by_the_bytes_that_were_loaded(whole, adapter, hub_cache):
+    snapshot = hub_cache("me/tuned", adapter)
+    config = ModelConfig(str(whole), adapter="me/tuned")
+    loaded = config.load()
+    assert loaded.has_adapter
+    assert loaded.adapter_folder == snapshot
+    found = config.identity(loaded)["adapter"]
+    assert found == adapter_settings("me/tuned", adapter)
+    tensors(adapter / LORA, lambda s: min(s.items())[1].fill_(1.0))
+    hub_cache("me/tuned", adapter, "1" * 40)  # the name stands for other bytes by now
+    assert config.identity(loaded)["adapter"] == found
+    assert config.identity(config.load())["adapter"] != found
+
+
+def test_pickled_weights_on_the_hub_are_not_opened(whole, model, hub_cache):
+    hub_cache("me/whole", whole)
+    assert load_model("me/whole").model.config.model_type == "llama"
+    torch.save(load_file(model / WEIGHTS), model / "pytorch_model.bin")
+    (model / WEIGHTS).unlink()
+    hub_cache("me/pickled", model)
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model("me/pickled")
 
 
 def test_the_folder_of_an_unfinished_run_names_its_last_checkpoint(whole, tuned, tmp_path):

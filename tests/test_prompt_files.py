@@ -12,6 +12,7 @@ import pytest
 from trueline import ConfigError, DataError, LanguageModel, LinearAlignment, load_model
 from trueline.jobs.prompt_files import generate_file
 from trueline.jobs.row_plan import PromptFileConfig
+from trueline.models.adapter import adapter_settings
 from trueline.models.source import ModelConfig
 from trueline.records.disk import Held
 from trueline.records.prompt_rows import BadRowsError
@@ -42,10 +43,10 @@ def rows(tmp_path) -> Path:
 @pytest.fixture
 def folders(tmp_path) -> dict[str, str]:
     """A model, an adapter and a template, of which a hash is all that the job takes."""
-    for name in ("model", "adapter"):
+    for name, start in (("model", ""), ("adapter", "adapter_")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+        (tmp_path / name / f"{start}config.json").write_text("{}")
+        (tmp_path / name / f"{start}model.safetensors").write_bytes(b"weights")
     (tmp_path / "template.jinja").write_text("{{ messages }}")
     return {
         "name": str(tmp_path / "model"),
@@ -85,7 +86,8 @@ def test_a_method_object_and_its_name_are_the_same_run(rows, tmp_path):
 CHANGES = {
     "weights": ("model/model.safetensors", "model.weights was"),
     "template of the model": ("model/config.json", "model.weights was"),
-    "adapter": ("adapter/model.safetensors", "model.adapter.hash was"),
+    "adapter": ("adapter/adapter_model.safetensors", "model.adapter.hash was"),
+    "adapter's settings": ("adapter/adapter_config.json", "model.adapter.hash was"),
     "chat template": ("template.jinja", "model.chat_template was"),
     "prompts": ("rows.jsonl", "input.sha256 was"),
 }
@@ -105,6 +107,24 @@ def test_other_bytes_are_another_run(rows, folders, tmp_path, name, message, fin
     with pytest.raises(ConfigError, match=message):
         generate_file(config, out)
     assert snapshot(tmp_path) == before
+
+
+def test_other_bytes_of_an_adapter_on_the_hub_are_another_run(rows, folders, tmp_path, hub_cache):
+    own, out = Path(folders["adapter"]), tmp_path / "out.jsonl"
+    (own / "README.md").write_text("not loaded")
+    hub_cache("me/adapter", own)
+    config = PromptFileConfig(rows, options=SHORT, model=ModelConfig(adapter="me/adapter"))
+    assert generate_file(config, out).rows == 5
+    kept = json.loads(Path(f"{out}.run.json").read_text())["settings"]["model"]["adapter"]
+    assert kept == adapter_settings("me/adapter", own)
+    assert len(kept["hash"]) == 16
+    (own / "README.md").write_text("other words")
+    hub_cache("me/adapter", own, "1" * 40)
+    assert generate_file(config, out).rows == 0
+    (own / "adapter_model.safetensors").write_bytes(b"other weights")
+    hub_cache("me/adapter", own, "2" * 40)
+    with pytest.raises(ConfigError, match=r"model\.adapter\.hash was"):
+        generate_file(config, out)
 
 
 def test_the_bytes_of_a_pipe_tell_its_run(tmp_path):

@@ -29,10 +29,11 @@ def test_every_setting_reaches_the_loader(monkeypatch, llama, tmp_path):
 
 
 def test_identity_follows_bytes_and_template(llama, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
     config = ModelConfig(tmp_path, adapter=tmp_path)
     first = config.identity(llama)
-    (tmp_path / "config.json").write_text("{ }")
+    (tmp_path / "adapter_config.json").write_text("{ }")
     second = config.identity(llama)
     changed = {k for k in first if first[k] != second[k]}
     assert changed == {"hash", "adapter"}

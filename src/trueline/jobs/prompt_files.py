@@ -19,15 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from trueline.errors import ConfigError, DataError
 from trueline.jobs.row_plan import Plan, PromptFileConfig
+from trueline.models.adapter import adapter_settings
 from trueline.models.source import ModelConfig
 from trueline.records.disk import check_regular, replace_file
-from trueline.records.hashes import (
-    adapter_settings,
-    file_hash,
-    folder_hash,
-    model_folder,
-    model_hash,
-)
+from trueline.records.hashes import file_hash, folder_hash, model_folder, model_hash
 from trueline.records.lines import LineFile, dump
 from trueline.records.output_file import OutputFile, kept_settings, sidecar_of
 from trueline.records.prompt_rows import BadRow, BadRowsError, PromptRow, read_prompts
@@ -112,8 +107,11 @@ def generate_file(
     settings = _settings(config, plan, content.sha256, about)
     if not overwrite and (total := _finished(output, settings, content.rows)) is not None:
         return FileResults(str(output), total, 0, 0, 0.0, 0)
+    model = model or config.model.load()
+    about["adapter"] = adapter_settings(config.model.adapter, model.adapter_folder)
+    settings = _settings(config, plan, content.sha256, about)
     decoder = Decoder(
-        model or config.model.load(),
+        model,
         batch_size=config.batch_size,
         admission="each_step" if config.refill else "when_empty",
     )

@@ -23,6 +23,7 @@ from trueline.models.checkpoint import (
     tensor_shapes,
 )
 from trueline.models.hub import download_adapter, looks_local, one_line
+from trueline.records.hashes import digest, file_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,19 @@ def find_adapter(name: str | Path) -> Path:
     if looks_local(name) or path.exists():
         raise ModelError(f'No adapter folder at "{name}". Give a folder or a hub name.')
     return download_adapter(str(name))
+
+
+def adapter_settings(name: str | None, folder: Path | None = None) -> dict[str, Any] | None:
+    """Return what tells an adapter: its name, and a hash of the two files that are loaded.
+
+    `folder` is where it was loaded from; without one it is found, see `find_adapter`. None for no
+    adapter.
+    """
+    if name is None:
+        return None
+    folder = folder or find_adapter(name)
+    read = [path for path in (folder / CONFIG, folder / WEIGHTS) if path.is_file()]
+    return {"name": name, "hash": digest([[path.name, file_hash(path)] for path in read])}
 
 
 def _no_adapter(name: str | Path, path: Path) -> str:

@@ -48,6 +48,8 @@ class LanguageModel:
     """Names of adapters for requests that ask for them; for others they are off."""
     folder: Path | None = field(default=None, repr=False)
     """Where its files are; None on the hub, or where it was made in memory."""
+    adapter_folder: Path | None = field(default=None, repr=False)
+    """Where the files of its adapter are, in the hub's cache too."""
     _default_system: str | None = field(default=None, repr=False)
     _folds_system: bool | None = field(default=None, repr=False)
 
@@ -208,6 +210,7 @@ def load_model(
         default_system=default_system,
         adapters=tuple(adapters or ()),
         folder=place.folder,
+        adapter_folder=tuned,
     )
     if adapters:
         _check_mixing(loaded)

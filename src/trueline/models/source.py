@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from trueline.errors import ConfigError, check_number
 from trueline.models import load
+from trueline.models.adapter import adapter_settings
 from trueline.models.device import MAX_THREADS, set_threads
 from trueline.models.load import LanguageModel
-from trueline.records.hashes import adapter_settings, digest, model_folder, model_hash
+from trueline.records.hashes import digest, model_folder, model_hash
 from trueline.types import Progress
 
 
@@ -90,7 +91,7 @@ class ModelConfig:
             "name": self.name,
             "revision": self.revision,
             "hash": model_hash(model, model.folder or model_folder(self.name)),
-            "adapter": adapter_settings(self.adapter),
+            "adapter": adapter_settings(self.adapter, model.adapter_folder),
             "dtype": str(model.model.dtype).removeprefix("torch."),
             "device": model.device.type,
             "quantize": self.quantize,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +40,7 @@ def folder_hash(folder: str | Path) -> str:
 
 
 def model_folder(name: str) -> Path | None:
-    """Return the folder of a model's or adapter's files; None for a name on the hub."""
+    """Return the folder of a model's files; None for a name on the hub."""
     bundled = Path(str(resources.files("trueline"))) / "assets" / name
     if Path(name).name == name and (bundled / "config.json").is_file():
         return bundled
@@ -63,14 +62,6 @@ def model_hash(model: LanguageModel, folder: str | Path | None = None) -> str:
         total.update(name.encode())
         total.update(tensor.detach().float().cpu().numpy().tobytes())
     return total.hexdigest()[:16]
-
-
-def adapter_settings(name: str | None) -> Mapping[str, Any] | None:
-    """Return what tells an adapter, its name and the hash of its files; None for no adapter."""
-    if name is None:
-        return None
-    folder = model_folder(name)
-    return {"name": name, "hash": folder_hash(folder) if folder is not None else None}
 
 
 def versions() -> dict[str, str]:
