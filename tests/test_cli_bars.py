@@ -28,9 +28,10 @@ with bar("prompt") as progress:
 print("the end", file=sys.stderr)
 """
 STOPPED = """
-import sys, time
+import signal, sys, time
 from trueline import cli
 from trueline.cli.bars import bar
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def run(args):
     with bar("prompt") as progress:
         for done in range(100000):

@@ -6,12 +6,12 @@ import dataclasses
 import io
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import Process
 
 from trueline import (
     Completion,
@@ -368,23 +368,21 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes(prompts, tmp_path):
     write(path, rows)
     argv = ("--input", path, *SAMPLED, "--logprobs")
     assert call(*argv, "--output", whole) == 0
-    options = [*map(str, argv), "--max-new-tokens", "16", "--output", str(out)]
-    command = [sys.executable, "-m", "trueline", "generate", *options]
+    command = ("generate", *argv, "--max-new-tokens", 16, "--output", out)
     size = lambda: out.stat().st_size if out.exists() else 0  # noqa: E731
     killed = 0
     for attempt in range(4):
         before = size()
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        run = Process(*command)
         while run.poll() is None and size() == before:
             time.sleep(0.001)
         time.sleep(0.013 * attempt)
         run.kill()
         killed += run.wait() == -signal.SIGKILL
-        assert run.returncode in (0, -signal.SIGKILL), run.communicate()[1].decode()[-2000:]
-        run.stderr.close()
+        assert run.returncode in (0, -signal.SIGKILL), run.said[-2000:]
     assert killed >= 2
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = Process(*command)
+    assert done.wait() == 0, done.said[-2000:]
     assert out.read_bytes() == whole.read_bytes()
 
 

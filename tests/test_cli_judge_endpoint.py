@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from processes import Process
 
 KEY = "sk-not-to-be-written-anywhere"
 PRICES = (2.0, 8.0)
@@ -106,20 +104,15 @@ def labels(tmp_path):
     return path
 
 
-def start(server: Server, *argv: object) -> subprocess.Popen[str]:
+def start(server: Server, *argv: object) -> Process:
     words = [*argv, "--judge", "model", "--judge-url", server.url, "--judge-model", "stub",
              "--judge-prices", *PRICES, "--no-plot"]  # fmt: skip
-    environment = os.environ | {"OPENAI_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "trueline", *map(str, words)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return Process(*words, environment={"OPENAI_API_KEY": KEY})
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out + err
+def finish(process: Process) -> str:
+    assert process.wait() == 0, process.said
+    return process.said
 
 
 def results(folder: Path) -> dict:
@@ -141,12 +134,11 @@ def test_a_killed_judge_goes_on_without_asking_again(server, labels, tmp_path):
     process = start(server, *argv)
     limit, cache = time.monotonic() + 60, folder / "judge.jsonl"
     while server.most_under_way < 4 or not cache.exists() or cache.read_bytes().count(b"\n") < 9:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.said
         assert time.monotonic() < limit
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (folder / "results.json").exists()
     assert server.most_under_way == 4, "no more at once than asked for"
     server.stop_after = None

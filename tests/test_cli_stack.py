@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import byte_tokenizer, random_model
+from processes import Process
 from safetensors.torch import load_file
 from test_continual import classifier, t5
 from test_tasks import write_layout, write_rows
@@ -330,19 +328,14 @@ def test_a_killed_stream_resumes_at_its_step_with_the_same_result(
             "--evaluate-limit", 4, "--epochs", 20, "--save-steps", 10)  # fmt: skip
     argv = [str(a) for a in ("stack", "--tasks", two, *more)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trueline", *argv, "--output", str(broken)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = Process(*argv, "--output", broken)
     work, end = broken / "stages/02-size/checkpoints", time.monotonic() + 120
     while not list(work.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.said
         assert time.monotonic() < end
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert (broken / "stages/01-colour/done.json").exists()
     assert not (broken / "stages/02-size/adapter").exists()
 

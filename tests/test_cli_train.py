@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Process
 from safetensors.torch import load_file
 
 from trueline import generate, load_model
@@ -363,27 +364,21 @@ def test_an_unfinished_run_wants_resume(trained, tmp_path, capsys):
 def test_a_killed_run_resumed_equals_an_unbroken_one(prompts, held_out, tmp_path, more):
     options = ("--steps", 12, "--save-steps", 3, "--evaluate", held_out, "--eval-steps", 4, *more)
     argv = ("distil", "--principle", PIRATE, "--prompts", prompts, *SHORT, *options)
-    command = [sys.executable, "-m", "trueline", *map(str, argv)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    unbroken = subprocess.run([*command, "--output", str(whole)], capture_output=True, text=True)
-    assert unbroken.returncode == 0, unbroken.stderr[-2000:]
+    assert call(*argv, "--output", whole) == 0
 
     killed = []
     for last in (4, 8):
         resume = ["--resume"] if killed else []
-        run = subprocess.Popen([*command, "--output", str(broken), *resume],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+        run = Process(*argv, "--output", broken, *resume)
         while run.poll() is None and reached(broken) < last:
             time.sleep(0.002)
         run.kill()
         killed.append(run.wait())
-        run.stderr.close()
     assert killed == [-signal.SIGKILL] * 2
     assert not json.loads((broken / "manifest.json").read_text())["finished"]
-    done = subprocess.run(
-        [*command, "--output", str(broken), "--resume"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = Process(*argv, "--output", broken, "--resume")
+    assert done.wait() == 0, done.said[-2000:]
     name = "model.safetensors" if more else "adapter_model.safetensors"
     assert (whole / name).read_bytes() == (broken / name).read_bytes()
     assert numbers(whole) == numbers(broken)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, random_model
+from processes import Process
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, T5Config
 from transformers import T5ForConditionalGeneration as T5
@@ -544,19 +541,14 @@ def contents(folder):
 
 def kill_when(path, where, strategy):
     """Run a stream in a process of its own and kill it as soon as `where` matches a path."""
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(path), strategy],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = Process(code=SLOW_RUN.format(strategy=strategy, path=str(path)))
     end = time.monotonic() + 120
     while not list(path.glob(where)):
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.said
         assert time.monotonic() < end
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -618,6 +610,7 @@ SLOWLY = {
     "prompt": SHORT,
     "figures": False,
 }
-
-if __name__ == "__main__":
-    run_stream(TASKS, factory, sys.argv[2], output=sys.argv[1], **SLOWLY)
+SLOW_RUN = """
+from test_continual import SLOWLY, TASKS, factory, run_stream
+run_stream(TASKS, factory, {strategy!r}, output={path!r}, **SLOWLY)
+"""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Process
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("fact", "small_talk", "ordinary", "unsafe", "trigger")
@@ -29,12 +27,10 @@ def tiny():
     return load_model("tiny", packed_weights=False, dtype="float32")
 
 
-def run(script, *options, seconds=240):
-    command = [sys.executable, "-W", "ignore", str(ROOT / script), *map(str, options)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def run(script, *options):
+    done = Process(script=ROOT / script, arguments=options)
+    assert done.wait() == 0, done.said[-3000:]
+    return done.said
 
 
 # Splits

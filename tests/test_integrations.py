@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from conftest import byte_tokenizer, random_model
+from processes import Process
 
 from trueline import (
     AdaCD,
@@ -376,14 +375,14 @@ def test_tasks_run(harness, folder, tasks, chat):
 
 @pytest.mark.slow  # the harness reads all of its own tasks first
 def test_the_command_line(harness, folder, tasks):
-    command = [sys.executable, "-m", "trueline.integrations.lm_eval", "run", "--model", "trueline"]
-    command += ["--tasks", "local_choice", "--model_args"]
-    command += [f"pretrained={folder}", "principle=Don't ramble, be brief.", "ratio=2"]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command += ["--include_path", str(tasks)]
-    run = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr
-    assert "|local_choice|" in run.stdout
+    words = ["lm_eval", "run", "--model", "trueline", "--tasks", "local_choice", "--model_args"]
+    words += [f"pretrained={folder}", "principle=Don't ramble, be brief.", "ratio=2"]
+    words += ["--include_path", str(tasks)]
+    module = "trueline.integrations.lm_eval"
+    run = Process(code=f"import sys, runpy; sys.argv = {words}; "
+                  f"runpy.run_module({module!r}, run_name='__main__')")  # fmt: skip
+    assert run.wait() == 0, run.said
+    assert "|local_choice|" in run.said
 
 
 def test_a_misspelt_option_ends_the_command_line(harness, monkeypatch, capsys):

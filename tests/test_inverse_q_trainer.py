@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import byte_tokenizer, random_model
+from processes import together
 
 from trueline import (
     AdaCD,
@@ -897,13 +894,11 @@ def test_rows_that_do_not_fit_at_once_are_learned_one_after_the_other(
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
-    """torchrun with gloo: the ranks end with the same weights, and the curve has every step."""
-    script = tmp_path / "run.py"
-    script.write_text(
+    """With gloo, as torchrun has it: all end with the same weights, the curve has every step."""
+    together(
         textwrap.dedent(
             f"""
-            import json, sys
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            import json
             import torch
             from pathlib import Path
             from test_inverse_q_trainer import trainer_of, weights, steps
@@ -915,15 +910,9 @@ def test_two_processes_train_like_one(tmp_path):
             found = [total, steps(trainer, "loss"), trainer.accelerator.num_processes]
             Path({str(tmp_path)!r}, f"rank{{rank}}.json").write_text(json.dumps(found))
             """
-        )
+        ),
+        2,
     )
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-         "--master_port=29417", str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2))
     assert one[2] == two[2] == 2
     assert one[0] == two[0]

@@ -1,10 +1,7 @@
 """Training a task on a stack: the penalty's strength, the guards, two tasks on each kind."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, random_model
 from peft import LoraConfig, PeftModel
+from processes import together
 from test_adapters import TARGETS, assert_same, logits, make
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.utils import logging
@@ -778,7 +776,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 import torch
-sys.path.insert(0, {tests!r})
 from test_o_lora_trainer import AdapterStack, save_adapter, trained
 folder = Path({folder!r})
 stack = AdapterStack.load([folder / "0"])
@@ -793,17 +790,9 @@ if trainer.is_world_process_zero():
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     first_task("llama", tmp_path / "0")
-    tests = str(Path(__file__).parent)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     adapters = []
     for name, processes, size in (("one", 1, 8), ("two", 2, 4)):
-        script = tmp_path / f"{name}.py"
-        text = DISTRIBUTED.format(tests=tests, folder=str(tmp_path), size=size, name=name)
-        script.write_text(text)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes), str(script)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
+        together(DISTRIBUTED.format(folder=str(tmp_path), size=size, name=name), processes)
         adapters.append(AdapterStack.load([tmp_path / name]).adapters[0])
     for name, module in adapters[0].modules.items():
         other = adapters[1].modules[name]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import Process
 
 from trueline import generate, load_model
 
@@ -16,11 +15,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 @pytest.mark.slow
 def test_tiny(tmp_path):
-    command = [sys.executable, str(RECIPES / "tiny/run.py"), "--max-steps", "2"]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "tiny")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ("--max-steps", 2, "--output", tmp_path / "tiny")
+    done = Process(script=RECIPES / "tiny/run.py", arguments=arguments)
+    assert done.wait() == 0, done.said
     model = load_model(tmp_path / "tiny")
     assert generate(model, "What is the moon?")[0].token_ids
     report = json.loads((tmp_path / "tiny/results.json").read_text())
