@@ -105,7 +105,9 @@ def random_model(kind: str, positions: int = 512, vocab: int = 261) -> PreTraine
             "num_attention_heads": 4,
             "max_position_embeddings": positions,
         }
-    config = AutoConfig.for_model(kind, **common, **shape, **SHAPES[kind], initializer_range=0.3)
+    config = AutoConfig.for_model(
+        kind, **common, **shape, **SHAPES.get(kind, {}), initializer_range=0.3
+    )
     return AutoModelForCausalLM.from_config(config).float().eval()
 
 

@@ -56,6 +56,23 @@ def by_hand(lm: LanguageModel, question: str, method, new: int = 12) -> list[int
     return answer
 
 
+def two_contexts(lm: LanguageModel, question: str, method, positions: int) -> list[int]:
+    """The method with a cache for each of two prompts, until the longer one is full."""
+    feeds = [encode(lm, chat) for chat in method.prompts([{"role": "user", "content": question}])]
+    longest, caches, answer = max(map(len, feeds)), [None, None], []
+    while longest + len(answer) <= positions:
+        with torch.no_grad():
+            states = [
+                lm.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+                for ids, cache in zip(feeds, caches, strict=True)
+            ]
+        caches = [state.past_key_values for state in states]
+        logits = torch.stack([state.logits[0, -1] for state in states])
+        answer.append(int(method.combine(logits[None])[0].argmax()))
+        feeds = [[answer[-1]]] * 2
+    return answer
+
+
 def ids_of(completions) -> list[list[int]]:
     return [c.token_ids for c in completions]
 
@@ -178,6 +195,21 @@ class TestEnds:
             long = LinearAlignment("word " * 7, candidates=1)
             [got] = generate(lm, "Hi", long, SamplingParams(max_new_tokens=500))
             assert len(got.token_ids) == 48 - max(got.prompt_tokens) + 1
+
+    @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "gpt2"])
+    def test_two_contexts_up_to_the_last_position(self, kind):
+        """Branches of unequal length, no longer one beyond the limit; batched, alone, refilled."""
+        lm = LanguageModel(random_model(kind, positions=64), byte_tokenizer(), kind)
+        lm.__dict__["eos_token_ids"] = frozenset()
+        params = SamplingParams(max_new_tokens=500)
+        methods = [LinearAlignment(PRINCIPLE, ratio=1, candidates=1), Contrast(1.5, "Be brief.")]
+        requests = [Request(q, m, params) for m in methods for q in QUESTIONS]
+        expected = [two_contexts(lm, r.messages, r.method, 64) for r in requests]
+        got = generate(lm, requests)
+        assert ids_of(got) == expected
+        assert {max(c.prompt_tokens) + len(c.token_ids) for c in got} == {65}
+        assert [ids_of(generate(lm, [r]))[0] for r in requests] == expected
+        assert ids_of(generate(lm, requests, batch_size=4, refill=True)) == expected
 
     def test_too_long_is_refused_with_both_numbers(self):
         lm = LanguageModel(random_model("llama", positions=48), byte_tokenizer(), "small")

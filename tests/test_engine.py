@@ -137,6 +137,16 @@ class TestJoining:
                 ids for i in range(12) for ids in found[i]
             ]
 
+    def test_a_row_that_waits_at_the_last_position_grows_no_longer(self):
+        """One place of 16 is not worth a prefill for two: the row of who ended there waits."""
+        lm = LanguageModel(random_model("gpt2", positions=64), byte_tokenizer(), "gpt2")
+        lm.__dict__["eos_token_ids"] = frozenset()
+        given = [Request("x" * 54, Plain(), SamplingParams(max_new_tokens=500))]
+        given += [Request("Hi", Plain(), SamplingParams(max_new_tokens=20 + i)) for i in range(17)]
+        found = ids_of(generate(lm, given, batch_size=16, refill=True))
+        assert len(found[0]) < 12
+        assert found == [ids for request in given for ids in alone(lm, request)]
+
     def test_columns_that_no_row_uses_are_dropped(self, llama, monkeypatch):
         """Else the oldest row's length would grow with the run."""
         widths = []
