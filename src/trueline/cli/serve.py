@@ -87,9 +87,11 @@ def run(args: argparse.Namespace) -> None:
         runs=args.runs,
         **{name: getattr(args, name) for name, *_ in LIMITS if hasattr(args, name)},
     )
-    from trueline.server.listen import listen
+    from trueline.server.listen import listen, reserve
 
-    if args.host not in LOOPBACK:
-        guard = "keys are asked for" if config.keys else "NO API key is asked for"
-        print(f"listening beyond this machine, at {args.host}; {guard}", file=sys.stderr)
-    listen(load(args), config, args.host, args.port)
+    with reserve(args.host, args.port) as own:
+        model = load(args)
+        if args.host not in LOOPBACK:
+            guard = "keys are asked for" if config.keys else "NO API key is asked for"
+            print(f"listening beyond this machine, at {args.host}; {guard}", file=sys.stderr)
+        listen(model, config, own)

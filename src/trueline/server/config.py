@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from trueline.errors import ConfigError, DataError, check_number, suggestion
 from trueline.methods import make_method
+from trueline.records.lines import BOM, read_input
 from trueline.types import Method, SamplingParams
 
 Overrides = Literal["anything", "settings", "presets", "nothing"]
@@ -98,15 +99,12 @@ class ServeConfig:
 def read_keys(path: str | Path | None) -> tuple[str, ...]:
     """Return the API keys of a file, one a line, and of the environment (`TRUELINE_API_KEYS`).
 
-    Raises `ConfigError` for a file that cannot be read or holds none, and for a key with blanks.
+    Raises `DataError` for a file that cannot be read, `ConfigError` for one that holds none and for
+    a key with blanks.
     """
     found = re.split(r"[,\r\n]+", os.environ.get(KEYS_VARIABLE, ""))
     if path is not None:
-        try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise ConfigError(f'Cannot read the API keys in "{path}": {reason}.') from None
+        lines = _text(path).splitlines()
         lines = [line for line in lines if line.strip() and not line.startswith("#")]
         if not lines:
             raise ConfigError(f'"{path}" holds no API key. Write one a line.')
@@ -129,8 +127,8 @@ def read_presets(path: str | Path) -> dict[str, Preset]:
     Raises `DataError` for what is no preset, naming the file and the table.
     """
     try:
-        tables = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        tables = tomllib.loads(_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}.") from None
     if not tables:
         raise DataError(f"{path}: holds no preset. Write a table each, such as [pirate].")
@@ -152,6 +150,14 @@ def read_presets(path: str | Path) -> dict[str, Preset]:
         except (ConfigError, TypeError) as error:
             raise DataError(f"{path}: [{name}]: {error}") from None
     return presets
+
+
+def _text(path: str | Path) -> str:
+    """Return what a file holds; `DataError` where it is missing, a device, or not UTF-8."""
+    try:
+        return read_input(Path(path).expanduser()).removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8. Save it as UTF-8.") from None
 
 
 def method_of(fields: Mapping[str, Any]) -> Method:

@@ -24,21 +24,32 @@ GRACE = 60
 """Seconds that requests under way may still take when the server is told to end."""
 
 
-def listen(model: LanguageModel, config: ServeConfig, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM; what runs by then is finished.
+def reserve(host: str, port: int) -> socket.socket:
+    """Return a socket that holds the address, before a model is loaded for it.
 
     Raises `ConfigError` if the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    own = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        own = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"Cannot listen at {host}: {error.strerror or error}.") from None
     own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         own.bind((host, port))
-        own.listen(2048)  # who comes before the first turn of the loop waits
-    except OSError as error:
-        raise ConfigError(f"Cannot listen at {host}:{port}: {error.strerror or error}.") from None
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{own.getsockname()[1]}", flush=True)
+        own.listen(1)  # held against others from here on
+    except (OSError, ValueError) as error:  # a name that no host can have is a ValueError
+        own.close()
+        reason = getattr(error, "strerror", None) or "no host has this name"
+        raise ConfigError(f"Cannot listen at {host!r}, port {port}: {reason}.") from None
+    return own
+
+
+def listen(model: LanguageModel, config: ServeConfig, own: socket.socket) -> None:
+    """Serve at a socket until SIGINT or SIGTERM; what runs by then is finished."""
+    own.listen(2048)  # who comes before the first turn of the loop waits
+    host, port = own.getsockname()[:2]
+    print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
     settings = uvicorn.Config(
         build_app(model, config),
         log_level="warning",
