@@ -106,7 +106,11 @@ def random_model(kind: str, positions: int = 512, vocab: int = 261) -> PreTraine
             "max_position_embeddings": positions,
         }
     config = AutoConfig.for_model(
-        kind, **common, **shape, **SHAPES.get(kind, {}), initializer_range=0.3
+        kind,
+        **common,
+        **shape,
+        **SHAPES.get(kind, {"num_key_value_heads": 2}),
+        initializer_range=0.3,
     )
     return AutoModelForCausalLM.from_config(config).float().eval()
 
