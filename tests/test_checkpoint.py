@@ -305,7 +305,7 @@ def test_an_adapter_on_the_hub_is_told_by_the_bytes_that_were_loaded(whole, adap
     config = ModelConfig(str(whole), adapter="me/tuned")
     loaded = config.load()
     assert loaded.has_adapter
-    assert loaded.adapter_folder == snapshot
+    assert loaded.adapter_folders == {"default": snapshot}
     found = config.identity(loaded)["adapter"]
     assert found == adapter_settings("me/tuned", adapter)
     tensors(adapter / LORA, lambda s: min(s.items())[1].fill_(1.0))

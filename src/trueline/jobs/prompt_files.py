@@ -108,7 +108,7 @@ def generate_file(
     if not overwrite and (total := _finished(output, settings, content.rows)) is not None:
         return FileResults(str(output), total, 0, 0, 0.0, 0)
     model = model or config.model.load()
-    about["adapter"] = adapter_settings(config.model.adapter, model.adapter_folder)
+    about["adapter"] = adapter_settings(config.model.adapter, model.adapter_folders.get("default"))
     settings = _settings(config, plan, content.sha256, about)
     decoder = Decoder(
         model,

@@ -48,8 +48,8 @@ class LanguageModel:
     """Names of adapters for requests that ask for them; for others they are off."""
     folder: Path | None = field(default=None, repr=False)
     """Where its files are; None on the hub, or where it was made in memory."""
-    adapter_folder: Path | None = field(default=None, repr=False)
-    """Where the files of its adapter are, in the hub's cache too."""
+    adapter_folders: dict[str, Path] = field(default_factory=dict, repr=False)
+    """Where the files of its adapters are, in the hub's cache too; "default" is `adapter`'s."""
     _default_system: str | None = field(default=None, repr=False)
     _folds_system: bool | None = field(default=None, repr=False)
 
@@ -210,7 +210,7 @@ def load_model(
         default_system=default_system,
         adapters=tuple(adapters or ()),
         folder=place.folder,
-        adapter_folder=tuned,
+        adapter_folders=folders,
     )
     if adapters:
         _check_mixing(loaded)

@@ -86,12 +86,13 @@ class ModelConfig:
 
     def identity(self, model: LanguageModel) -> dict[str, Any]:
         """Return what decides the model's answers: names, hashes of the bytes, dtype, device."""
-        named = {called: adapter_settings(source) for called, source in self.adapters.items()}
+        folders = model.adapter_folders
+        named = {k: adapter_settings(name, folders.get(k)) for k, name in self.adapters.items()}
         return {
             "name": self.name,
             "revision": self.revision,
             "hash": model_hash(model, model.folder or model_folder(self.name)),
-            "adapter": adapter_settings(self.adapter, model.adapter_folder),
+            "adapter": adapter_settings(self.adapter, folders.get("default")),
             "dtype": str(model.model.dtype).removeprefix("torch."),
             "device": model.device.type,
             "quantize": self.quantize,
