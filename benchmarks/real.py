@@ -39,6 +39,7 @@ from benchmarks._real_world import FOLDERS, NAMES, Task, World, say
 ROOT = Path(__file__).resolve().parents[1]
 PARTS: dict[str, tuple[str, ...]] = {
     "linear-alignment": ("_real_alignment", "_real_preference"),
+    "over-refusal": ("_real_refusal",),
     "inverse-q": ("_real_distil",),
     "speed": ("_real_speed",),
 }

@@ -106,6 +106,50 @@ def test_over_groups_counts_groups_alike(real):
     assert (value, low, high) == (0.5, 0.0, 1.0)
 
 
+def test_scores_and_routes_by_hand(real):
+    import numpy as np
+
+    from benchmarks._routes import fitted_score, ranked, routes
+
+    unsafe, fit = np.array([True, False] * 20), np.arange(40) < 30
+    odds = np.where(unsafe, 1.0, -1.0)[:, None] * np.array([1.0, 0.0]) + np.array([0.0, 3.0])
+    score = fitted_score(odds, unsafe, fit)
+    assert ranked(score, unsafe, ~fit) == 1.0
+    assert ranked(-score, unsafe, fit) == 0.0
+    assert ranked(np.zeros(40), unsafe, fit) == 0.5
+    found = routes({"a": [0.0] * 4, "b": [1.0, 1.0, None, 1.0]}, np.arange(4.0), np.ones(4, bool))
+    assert len(found) == 2 * 9
+    assert found["a, from quantile 0.5 on b"] == [0.0, 0.0, None, 1.0]
+    assert found["b, from quantile 0.5 on a"] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_over_refusal_runs_and_reports(real, monkeypatch, tmp_path, capsys):
+    from benchmarks import _real_refusal, _real_world
+
+    monkeypatch.setattr(_real_world.World, "path", lambda self, name: "tiny")
+    own = _real_refusal.settings()
+    kept = {
+        k: s for k, s in own.items() if s.worth >= 97 or k.startswith("Self-CD strict, alpha 2")
+    }
+    monkeypatch.setattr(_real_refusal, "settings", lambda: kept)
+    for file in dict(_real_refusal.SETS.values()):
+        path = tmp_path / "shared/data" / f"{file}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"prompt": f"What is {file} {i}?"} for i in range(8)]
+        if "xstest" in file:
+            rows = [{**row, "safe": i % 2 == 0} for i, row in enumerate(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "models" / _real_world.FOLDERS["qwen"]).mkdir(parents=True)
+    words = ["--quick", "--part", "over-refusal", "--models", "qwen", "--threads", "1"]
+    words += ["--output", str(tmp_path / "out"), "--shared", str(tmp_path / "shared")]
+    real.main([*words, "--real-models", str(tmp_path / "models")])
+    said = capsys.readouterr().out
+    assert "| default text | " in said
+    assert "| Self-CD strict, alpha 2.5 | " in said
+    assert "| all, fitted on XSTest | " in said
+    assert said.count("Area on the test sets") == 2
+
+
 def test_a_killed_run_goes_on(real, monkeypatch, tmp_path, capsys):
     from benchmarks import _real_world
 

@@ -19,7 +19,9 @@ Differs from the paper: nothing known. `plausibility` and `first_tokens` are opt
 Differs from the authors' code: both branches keep a cache; the safety prompt is an option and a
     system message, where the code puts its text into the user's turn; answers there have up to 200
     tokens, here `max_new_tokens` (128 by default).
-Known weakness: a large alpha also lowers refusals of truly unsafe requests. Plot the frontier.
+Known weakness: a large alpha also lowers refusals of truly unsafe requests, and where the safety
+    prompt takes refusals away, alpha adds them. `trueline eval refusal` puts it beside plain system
+    texts, which can be better: look there before you use it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,49 @@
+"""A score of prompts, fitted, and the answers where it decides which of two texts gives them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def fitted_score(
+    odds: NDArray[np.float64], unsafe: NDArray[np.bool_], fit: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Return the logistic score of all prompts, fitted by Newton with a ridge of 1 on some."""
+    x = (odds - odds[fit].mean(0)) / (odds[fit].std(0) + 1e-9)
+    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    w, y = np.zeros(x.shape[1]), unsafe[fit].astype(float)
+    ridge = np.diag([1.0] * (x.shape[1] - 1) + [0.0])
+    for _ in range(25):
+        p = 1 / (1 + np.exp(-x[fit] @ w))
+        hessian = (x[fit] * (p * (1 - p))[:, None]).T @ x[fit] + ridge + 1e-9 * np.eye(len(w))
+        w = w + np.linalg.solve(hessian, x[fit].T @ (y - p) - ridge @ w)
+    score: NDArray[np.float64] = x @ w
+    return score
+
+
+def ranked(score: NDArray[np.float64], unsafe: NDArray[np.bool_], on: NDArray[np.bool_]) -> float:
+    """Return the share of pairs in which the unsafe prompt has the higher score (the AUC)."""
+    high, low = score[on & unsafe], score[on & ~unsafe]
+    return float(((high[:, None] > low) + 0.5 * (high[:, None] == low)).mean())
+
+
+def routes(
+    flags: Mapping[str, list[float | None]], score: NDArray[np.float64], fit: NDArray[np.bool_]
+) -> dict[str, list[float | None]]:
+    """Return what is refused where the score decides which of two texts answers.
+
+    The nine thresholds are quantiles of the score on the prompts that it was fitted on.
+    """
+    found = {}
+    for low, high in itertools.permutations(flags, 2):
+        for q in range(1, 10):
+            above = score > np.quantile(score[fit], q / 10)
+            mixed = [
+                b if up else a for a, b, up in zip(flags[low], flags[high], above, strict=True)
+            ]
+            found[f"{low}, from quantile {q / 10:g} on {high}"] = mixed
+    return found
