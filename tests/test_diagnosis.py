@@ -17,6 +17,8 @@ from trueline import (
     DiagnoseConfig,
     LanguageModel,
     LinearAlignment,
+    Plain,
+    SelfCD,
     diagnose,
     load_model,
 )
@@ -25,6 +27,7 @@ from trueline.evals import effects
 from trueline.evals.effects import FAINT, Effect
 from trueline.evals.items import bundled
 from trueline.evals.statistics import Estimate
+from trueline.jobs.decoded import backwards
 from trueline.jobs.readings import (
     BUDGET,
     STEPS,
@@ -34,6 +37,8 @@ from trueline.jobs.readings import (
     setting_of,
     start_from,
 )
+from trueline.train.distil.policies import teacher_warning
+from trueline.train.distil.teachers import make_teacher
 
 
 def logits(branches=2, time=6, vocab=11, seed=0):
@@ -242,3 +247,93 @@ def test_the_command_prints_json(capsys):
 def test_what_cannot_be_looked_at_is_refused(options, said):
     with pytest.raises(ConfigError, match=said):
         DiagnoseConfig(**options)
+
+
+# What a run says of its own method
+
+
+ASKED = [row["question"] for row in bundled()["questions"][:5]]
+EMPTY = "Today is Tuesday."
+
+
+def warned(lm, method, questions, **options):
+    """The warning on greedy answers."""
+    decoder = Decoder(lm)
+    prompts = [decoder.encode(question, method) for question in questions]
+    return effects.warning(decoder, prompts, [c.token_ids for c in decoder.complete(prompts)])
+
+
+class TestWarnings:
+    def test_a_text_that_asks_for_nothing_and_one_that_does(self, lm_tiny):
+        assert "hardly differ" in warned(lm_tiny, LinearAlignment(EMPTY), ASKED)
+        assert warned(lm_tiny, LinearAlignment("Talk like a pirate."), ASKED) is None
+        assert warned(lm_tiny, Plain("Talk like a pirate."), ASKED) is None, "one prompt"
+
+    @pytest.mark.parametrize("count", [1, 5])
+    def test_a_text_that_lowers_refusals(self, lm_tiny, count):
+        """Turned round: the model's own text is what makes it refuse, and the text puts it out."""
+        asked = bundled()["safe_triggers"][:count]
+
+        class Reversed:
+            name, goal = "reversed", "refusal"
+
+            def prompts(self, messages):
+                return SelfCD().prompts(messages)[::-1]
+
+            def combine(self, logits):
+                return logits[:, 0]
+
+        decoder = Decoder(lm_tiny)
+        assert effects.refusal_odds(decoder, [decoder.encode(asked[0], SelfCD()).branches[1]]) < 0
+        assert warned(lm_tiny, SelfCD(), asked) is None
+        # On requests that its second prompt refuses already there is nothing to add.
+        assert "lowers" not in str(warned(lm_tiny, Reversed(), bundled()["unsafe"][:count]))
+
+    @pytest.mark.parametrize(("shift", "count", "said"), [
+        (-0.6, 2, True), (-0.4, 2, False), (-0.2, 6, True), (0.3, 6, False),
+    ])  # fmt: skip
+    def test_the_borders_of_backwards(self, lm_tiny, monkeypatch, shift, count, said):
+        calls = iter([np.full(count, -1 + shift), np.full(count, -1.0)])
+        monkeypatch.setattr(effects, "refusal_odds", lambda decoder, prompts: next(calls))
+        monkeypatch.setattr(effects, "FAINT", 0.0)
+        line = warned(lm_tiny, SelfCD(), bundled()["safe_triggers"][:count])
+        assert ("works backwards" in str(line)) == said
+
+    def test_generate_says_so_in_one_line(self, capsys, tmp_path):
+        argv = ["generate", ASKED[0], "--max-new-tokens", "12", "--principle"]
+        assert main([*argv, EMPTY]) == 0
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert err.startswith("warning: the prompts of linear-alignment hardly differ")
+        assert main([*argv, "Talk like a pirate."]) == 0
+        assert capsys.readouterr().err == ""
+
+        rows = tmp_path / "prompts.jsonl"
+        rows.write_text("".join(json.dumps({"prompt": q}) + "\n" for q in ASKED))
+        assert main(["generate", "--input", str(rows), "--output", str(tmp_path / "out.jsonl"),
+                     "--max-new-tokens", "12", "--principle", EMPTY]) == 0  # fmt: skip
+        assert capsys.readouterr().err.count("warning: ") == 1
+
+    def test_eval_says_so_below_its_table(self, capsys, tmp_path):
+        assert main(["eval", "preference", "--principle", EMPTY, "--pattern", "x", "--limit", "4",
+                     "--no-plot", "--output", str(tmp_path / "run")]) == 0  # fmt: skip
+        assert capsys.readouterr().out.count("warning: the prompts of") == 1
+        assert "warning" in json.loads((tmp_path / "run/results.json").read_text())
+
+    def test_a_trainer_says_so_before_it_trains(self, lm_tiny):
+        teacher = make_teacher("linear-alignment", principle=EMPTY)
+        rows = [{"prompt": q} for q in ASKED]
+        assert "hardly differ" in teacher_warning(teacher, lm_tiny, rows)
+        assert teacher_warning(make_teacher("linear-alignment", principle="Talk like a pirate."),
+                               lm_tiny, rows) is None  # fmt: skip
+
+    def test_a_point_below_the_baseline_is_said(self):
+        def row(value, p):
+            return {"label": "ratio 2", "measures": {"adherence": {"value": value}},
+                    "p_baseline": {"adherence": p}}  # fmt: skip
+
+        plain = {"label": "plain", "measures": {"adherence": {"value": 0.5}}}
+        assert "20 % of its answers follow, 50 %" in backwards([plain, row(0.2, 0.01)])
+        assert backwards([plain, row(0.2, 0.2)]) is None
+        assert backwards([plain, row(0.8, 0.01)]) is None
+        assert backwards([plain]) is None

@@ -124,6 +124,7 @@ def answer_file(args: argparse.Namespace) -> int:
         text = f"All {done.total} rows are in {args.output} already; nothing to do."
     skipped = f" ({done.bad} bad rows in {args.output}.bad.jsonl)" if done.bad else ""
     print(text + skipped, file=sys.stderr)
+    warn(done.warning)
     if args.json:
         print(json.dumps(done.as_dict(), ensure_ascii=False))
     return 0
@@ -153,15 +154,29 @@ def answer(args: argparse.Namespace) -> None:
         return
     prompt = decoder.encode(Request(messages, method, sampling, args.seed))
     if args.json:
-        show_json(args, decoder, prompt)
+        ids = show_json(args, decoder, prompt)
     elif sampling.n > 1:
-        for i, completion in enumerate(decoder.complete([prompt])):
+        completions = decoder.complete([prompt])
+        for i, completion in enumerate(completions):
             print(f"--- sample {i + 1} of {sampling.n}, seed {completion.seed} ---")
             print(completion.text)
+        ids = completions[0].token_ids
     else:
+        ids = []
         for step in decoder.run([prompt]):
             print(step.text, end="", flush=True)
+            ids.append(step.token_id)
         print()
+    if len(prompt.branches) > 1:
+        from trueline.evals.effects import warning
+
+        warn(warning(decoder, [prompt], [ids]))
+
+
+def warn(line: str | None) -> None:
+    """Say on stderr that a method has little to work with, or works backwards."""
+    if line:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def question_of(args: argparse.Namespace) -> str:
@@ -180,8 +195,8 @@ def question_of(args: argparse.Namespace) -> str:
     return text
 
 
-def show_json(args: argparse.Namespace, decoder: Decoder, prompt: Prompt) -> None:
-    """Print one JSON object for each completion."""
+def show_json(args: argparse.Namespace, decoder: Decoder, prompt: Prompt) -> list[int]:
+    """Print one JSON object for each completion; return the first one's tokens."""
     start, times, tokens = time.perf_counter(), [0.0], 0
 
     def clock(step: Step) -> None:
@@ -199,6 +214,7 @@ def show_json(args: argparse.Namespace, decoder: Decoder, prompt: Prompt) -> Non
     for completion in completions:
         row = completion_fields(completion, prompt.method, args.model)
         print(json.dumps(row | {"timings": timings}, ensure_ascii=False), flush=True)
+    return completions[0].token_ids
 
 
 def show_comparison(

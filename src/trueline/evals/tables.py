@@ -198,6 +198,8 @@ def render_results(results: Mapping[str, Any]) -> str:
     if "recommendation" in results:
         lines = [*frontier_lines(results), *recommendation_lines(results["recommendation"])]
         parts.append("\n".join(["", *map(printable, lines)]))
+    if results.get("warning"):
+        parts += ["", f"warning: {printable(str(results['warning']))}"]
     return "\n".join(parts)
 
 
@@ -214,6 +216,8 @@ def results_markdown(results: Mapping[str, Any]) -> str:
     if "recommendation" in results:
         found = [*frontier_lines(results), *recommendation_lines(results["recommendation"])]
         lines += ["    " + printable(line) for line in found] + [""]
+    if results.get("warning"):
+        lines += [f"Warning: {cell(results['warning'])}", ""]
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ PANELS = {
 """What curves.png shows, of that which was logged."""
 FACTS = {
     "effect": "teacher's effect at the start, nats a token",
+    "warning": "warning",
     "over_budget": "stopped by kl_budget, at a KL to the start of",
 }
 LAST = 10

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueline.errors import ConfigError, DataError
+from trueline.evals.effects import warning
 from trueline.jobs.row_plan import Plan, PromptFileConfig
 from trueline.models.adapter import adapter_settings
 from trueline.models.source import ModelConfig
@@ -50,6 +51,9 @@ class FileResults:
     seconds: float
     bad: int
     """Rows in `<output>.bad.jsonl`."""
+    warning: str | None = None
+    """Where the method has little to work with on this model, or works backwards, seen on the first
+    rows of this call; see `evals.effects`."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -66,6 +70,7 @@ class FileResults:
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": self.tokens_per_second,
+            **({"warning": self.warning} if self.warning else {}),
         }
 
 
@@ -130,8 +135,9 @@ def generate_file(
             replace_file(bad_file_of(output), "".join(lines))
         run.decode(config.batch_size)
     finally:
+        new = file.done - run.already
         done = FileResults(
-            str(output), len(rows), file.done - run.already, run.tokens, run.seconds, len(bad)
+            str(output), len(rows), new, run.tokens, run.seconds, len(bad), run.warning
         )
         names = ("rows", "tokens", "seconds", "tokens_per_second")
         file.close({name: done.as_dict()[name] for name in names})
@@ -176,6 +182,8 @@ class _Run:
         self.decoder, self.file, self.progress = decoder, file, progress
         self.rows, self.prompts = rows, prompts
         self.already, self.tokens, self.start = file.done, 0, time.perf_counter()
+        self.warning: str | None = None
+        self._took = 0.0
 
     def decode(self, size: int) -> None:
         """Decode and append, `size` rows at a time."""
@@ -187,11 +195,20 @@ class _Run:
                 batch.append(_output(self.rows[place], self.prompts[place], own))
                 self._tell(place + 1)
             self.file.append(batch)
+            if first == self.already:
+                self._watch(self.prompts[first : first + size], batch)
+
+    def _watch(self, prompts: Sequence[Prompt], rows: Sequence[Mapping[str, Any]]) -> None:
+        """See on the first rows whether the method has something to work with."""
+        start = time.perf_counter()
+        answers = [(row.get("samples") or [row])[0]["token_ids"] for row in rows]
+        self.warning = warning(self.decoder, prompts[: len(answers)], answers)
+        self._took = time.perf_counter() - start
 
     @property
     def seconds(self) -> float:
-        """Since the first row."""
-        return time.perf_counter() - self.start
+        """Since the first row, without the look at the method."""
+        return time.perf_counter() - self.start - self._took
 
     def _count(self, step: Step) -> None:
         self.tokens += 1

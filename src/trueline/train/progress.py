@@ -62,7 +62,7 @@ class TrainingLog(TrainerCallback):
 
     def _take(self, run: RunFolder) -> float:
         """Take the folder; cut the log to the checkpoint, and return the seconds up to there."""
-        run.start({"effect": getattr(self.trainer, "effect", None)})
+        run.start({name: getattr(self.trainer, name, None) for name in ("effect", "warning")})
         run.write("config.toml", self.config)
         end, seconds = self.kept
         run.lines(LOG).cut(end)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from trueline.engine.decoding import generate
-from trueline.engine.protocol import Continuation
+from trueline.engine.decoding import Decoder, generate
+from trueline.engine.protocol import Continuation, Prompt
 from trueline.engine.scoring import combined, score
 from trueline.errors import ConfigError
+from trueline.evals import effects
 from trueline.methods.inverse_q import floored
 from trueline.train.distil.teachers import Lesson, Teacher
 from trueline.types import Method, Request, SamplingParams, base_branches
@@ -142,3 +143,20 @@ def teacher_effect(
         total += float((log_q.exp() * (log_q - log_r)).sum())
         count += len(log_q)
     return total / count
+
+
+def teacher_warning(
+    teacher: Teacher, reference: LanguageModel, rows: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """Return a line where the teacher's method has little to work with, or works backwards.
+
+    Seen on greedy answers to the first rows, under the method's first prompt.
+    """
+    if teacher.tuned is not None:
+        return None
+    lessons = [teacher.lesson(reference, row) for row in rows[: effects.WATCHED]]
+    prompts = [Prompt(x.branches, x.method) for x in lessons if x.method is not None]
+    sampling = SamplingParams(max_new_tokens=effects.FIRST)
+    decoder = Decoder(reference, share_prefixes=False)
+    first = [Prompt(prompt.branches[:1], sampling=sampling) for prompt in prompts]
+    return effects.warning(decoder, prompts, [c.token_ids for c in decoder.complete(first)])

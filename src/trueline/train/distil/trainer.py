@@ -27,6 +27,7 @@ resume such a run, give the same `model` as at the start.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from math import ceil
@@ -42,12 +43,14 @@ from trueline.errors import ConfigError
 from trueline.train.distil.config import LOSSES, InverseQConfig
 from trueline.train.distil.evaluation import Evaluation
 from trueline.train.distil.loss import Sums, part_loss
-from trueline.train.distil.policies import policies, teacher_effect
+from trueline.train.distil.policies import policies, teacher_effect, teacher_warning
 from trueline.train.distil.rows import StepSampler, dataset_of
 from trueline.train.distil.sampling import Answers, Samples
 from trueline.train.distil.student import Reference, activation_bytes, evaluating, student_of
 from trueline.train.distil.teachers import asked_teacher, teacher_of
 from trueline.types import Method
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,6 +157,8 @@ class InverseQTrainer(Trainer):
         )
         self.effect: float | None = None
         """What `check_effect` found, in nats a token."""
+        self.warning: str | None = None
+        """Where the teacher's method has little to work with, or works backwards."""
         own = (args, self.teacher, self.student, self.reference)
         self.answers = Answers(*own, self.accelerator)
         self._begin()
@@ -347,12 +352,15 @@ class InverseQTrainer(Trainer):
                 max_new_tokens=min(args.max_completion_length, EFFECT_TOKENS),
                 seed=args.seed,
             )
+            self.warning = teacher_warning(self.teacher, start, rows)
         if not self.effect >= args.min_effect:
             raise ConfigError(
                 f"The teacher is empty: on {len(rows)} rows it differs from the reference by "
                 f"{self.effect:.2g} nats a token, less than `min_effect` ({args.min_effect:g}). "
                 "Word the principle so that the model follows it when asked."
             )
+        if self.warning is not None:
+            logger.warning("warning: %s", self.warning)
         return self.effect
 
 
