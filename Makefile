@@ -7,10 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: demo test bounds check format install browser clean
+.PHONY: demo demo-real test bounds check format install browser clean
 
 demo: $(READY)  ## measure both methods on the bundled model; tables and a picture in demo/
 	$(BIN)/trueline demo --output demo
+	@echo 'The same on a real chat model, SmolLM2-135M-Instruct, in some minutes: make demo-real'
+
+demo-real: $(READY)  ## the same on SmolLM2-135M-Instruct, fetched once; into demo-real/
+	$(BIN)/trueline demo --model smollm2 --output demo-real
 
 test: $(READY)  ## the whole suite, a worker a core (at most 8); the end says what was skipped
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
@@ -45,4 +49,4 @@ browser:  ## Chromium for the tests of the page, from Debian's packages; needs r
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -yqq chromium; }
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) .bounds demo
+	rm -rf $(VENV) .bounds demo demo-real

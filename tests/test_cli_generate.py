@@ -117,6 +117,9 @@ def test_json_has_what_the_completion_has(tiny, capsys):
         "candidates": 0.8,
         "epsilon": None,
         "norm": "inf",
+        "gate": 1.0,
+        "damping": 0.0,
+        "mask_temperature": None,
     }
     for row, completion in zip(rows, wanted, strict=True):
         for name in ("text", "token_ids", "finish_reason", "logprobs", "branch_logprobs"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from importlib import resources
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ import torch
 from trueline import LinearAlignment, SamplingParams, generate, load_model
 from trueline.cli import main
 from trueline.engine.trace import read_jsonl
+from trueline.evals.refusal import classify
+from trueline.jobs.demo_counts import ANY_MODEL, load_held_out
+from trueline.jobs.demonstration import DemoConfig, demonstrate
 from trueline.records import style
 
 QUESTION = "What is the capital of France?"
@@ -153,6 +158,38 @@ def test_demo_writes_report_results_and_figure(tmp_path, capsys):
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
     for name in ("report.md", "demo.png", "results.json"):
         assert str(tmp_path / name) in printed
+
+
+def test_demo_on_another_model_has_rules_that_do_not_know_it(tmp_path, monkeypatch):
+    """The bundled model from its folder is a model like any other."""
+    folder = str(resources.files("trueline") / "assets/tiny")
+    assert DemoConfig(model=folder).limit == 24
+    found = demonstrate(DemoConfig(limit=3, model=folder), tmp_path)
+    assert {p["text"] for p in found.written["pairs"]} <= set(ANY_MODEL)
+    refusals = {row.name: row for row in found.refusal}
+    answers = refusals["safety prompt"].answers_safe
+    assert refusals["safety prompt"].over_refusal.value == pytest.approx(
+        sum(classify(text).refused for text in answers) / 3
+    )
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"--model {folder}" in report
+    assert "made by others" in report
+    assert "2.2 million" not in report
+
+
+@pytest.mark.parametrize("principle", ANY_MODEL)
+def test_the_demos_rules_tell_what_follows(principle):
+    follows = {
+        "Talk like a pirate.": "Arrr, the moon be far!",
+        "Give your answer as a list.": "Sure:\n\n- one\n- two",
+        "Start your answer with a greeting.": "Hello! The moon is far.",
+        "Sound very excited and use exclamation marks.": "Wow! It is far!",
+        'Use the word "banana" in your answer.': "It is as far as many BANANAS.",
+    }
+    held_out = load_held_out(resources.files("trueline") / "assets/tiny/held_out.json")
+    pattern = next(p.pattern for p in held_out.for_any_model().principles if p.text == principle)
+    assert re.search(pattern, follows[principle])
+    assert not re.search(pattern, "The moon is far away from us! It is not near.")
 
 
 def test_demo_refuses_a_limit_below_one(tmp_path, capsys):

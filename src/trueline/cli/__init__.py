@@ -24,7 +24,7 @@ COMMANDS = {
     "inspect": "show token by token what a method changed, as HTML, PNG and JSONL",
     "diagnose": "say what a model makes of a system text, and from which settings to start",
     "methods": "list the decoding methods, their options and papers",
-    "demo": "measure principle adherence and over-refusal on the bundled model",
+    "demo": "measure principle adherence and over-refusal, on the bundled model or another",
     "eval": "measure refusal, preference and judges, and sweep a method's settings",
     "distil": "move a decoding method's policy into an adapter or the weights",
     "stack": "train task after task, each on top of those before, with nothing forgotten",

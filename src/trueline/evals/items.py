@@ -19,6 +19,13 @@ from trueline.types import Message
 T = TypeVar("T")
 PAIRS = 120
 """Pairs of a bundled principle and question, unless a limit asks for fewer or more."""
+CHECKED = {
+    "Talk like a pirate.": r"\b(?:arr+\w*|ahoy|matey|aye|ye)\b",
+    "Give your answer as a list.": r"(?m:^)\W{0,3}(?:\d+[.):]|[-*\u2022])\s",
+    "Start your answer with a greeting.": r"\A\W*(?:hello|hi|hey|dear|greetings|good \w+)\b",
+}
+"""Principle for any chat model -> pattern, in any letter case, of an answer that follows; it shows
+in the first words."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from trueline.jobs.demo_counts import Adherence, Refusal
 
 
-def draw_demo(adherence: Sequence[Adherence], refusal: Sequence[Refusal]) -> Figure:
+def draw_demo(
+    adherence: Sequence[Adherence], refusal: Sequence[Refusal], model: str = "bundled model"
+) -> Figure:
     """Return the demo's figure: adherence over the ratio, refusals over alpha, 95 % intervals."""
     need_matplotlib()
     from matplotlib import rc_context
@@ -24,8 +26,8 @@ def draw_demo(adherence: Sequence[Adherence], refusal: Sequence[Refusal]) -> Fig
     with rc_context(STYLE):
         figure = Figure(figsize=(11.5, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        _draw_adherence(left, adherence)
-        _draw_refusal(right, refusal)
+        _draw_adherence(left, adherence, model)
+        _draw_refusal(right, refusal, model)
         for axes in (left, right):
             axes.set(ylim=(-3, 106), yticks=range(0, 101, 25))
             axes.yaxis.set_major_formatter("{x:.0f} %")
@@ -36,7 +38,7 @@ def draw_demo(adherence: Sequence[Adherence], refusal: Sequence[Refusal]) -> Fig
     return figure
 
 
-def _draw_adherence(axes: Axes, rows: Sequence[Adherence]) -> None:
+def _draw_adherence(axes: Axes, rows: Sequence[Adherence], model: str) -> None:
     """Ratio -1 is the plain model and 0 the principle prompt, so one axis holds them all."""
     kept = [row for row in rows if row.candidates != 1]
     masked = [(-1.0 if row.ratio is None else row.ratio, row) for row in kept]
@@ -51,7 +53,7 @@ def _draw_adherence(axes: Axes, rows: Sequence[Adherence]) -> None:
             middle = 50 * (row.followed.value + row.facts.value)
             axes.text(place, middle, "no\nmask", color=SOFT, ha="center", va="center", fontsize=9)
     title, n = "Linear Alignment: is the principle followed?", rows[0].followed.n
-    _title(axes, title, f"bundled model, {n} answers a point, 95 % intervals")
+    _title(axes, title, f"{model}, {n} answers a point, 95 % intervals")
     axes.set_xlabel("ratio")
     ticks = range(1, round(places[-1]) + 1)
     names = ["no\nprinciple", "0 = prompt\nalone", *map(str, ticks)]
@@ -62,7 +64,7 @@ def _draw_adherence(axes: Axes, rows: Sequence[Adherence]) -> None:
     _name(axes, place, shown.facts, "fact still right", GREEN, above=False)
 
 
-def _draw_refusal(axes: Axes, rows: Sequence[Refusal]) -> None:
+def _draw_refusal(axes: Axes, rows: Sequence[Refusal], model: str) -> None:
     """Alpha 0 is the safety prompt and 1 the plain model."""
     path = [(row.alpha, row) for row in rows if row.alpha is not None]
     places = [alpha for alpha, _ in path]
@@ -74,7 +76,7 @@ def _draw_refusal(axes: Axes, rows: Sequence[Refusal]) -> None:
             _point(axes, side, row.harmful_refusal, BLUE)
             _point(axes, side, row.over_refusal, ORANGE)
     n = rows[0].over_refusal.n
-    note = f"bundled model, {n} requests of each kind, 95 % intervals"
+    note = f"{model}, {n} requests of each kind, 95 % intervals"
     _title(axes, "Self-CD: what is refused?", note)
     axes.set_xlabel("alpha")
     named = {0.0: "0 = safety\nprompt", 1.0: "1 = plain\nmodel"}

@@ -21,7 +21,7 @@ from trueline.errors import ConfigError, check_number, check_text
 from trueline.evals import effects
 from trueline.evals.datasets import Source
 from trueline.evals.effects import Effect
-from trueline.evals.items import Item, adherence_items, bundled, refusal_items
+from trueline.evals.items import CHECKED, Item, adherence_items, bundled, refusal_items
 from trueline.evals.judges import KeywordJudge
 from trueline.evals.patterns import check_pattern
 from trueline.evals.statistics import Estimate, mean, rate
@@ -54,13 +54,6 @@ from trueline.types import (
     check_seed,
 )
 
-CHECKED = {
-    "Talk like a pirate.": r"\b(?:arr+\w*|ahoy|matey|aye|ye)\b",
-    "Give your answer as a list.": r"(?m)^\W{0,3}(?:\d+[.):]|[-*\u2022])\s",
-    "Start your answer with a greeting.": r"\A\W*(?:hello|hi|hey|dear|greetings|good \w+)\b",
-}
-"""Principles that are asked where none is given, each with the pattern of an answer that follows;
-they show in the first words of an answer."""
 SAMPLING = SamplingParams(max_new_tokens=32)
 BATCH = 64
 SCORED = 8

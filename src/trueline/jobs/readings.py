@@ -26,10 +26,20 @@ from trueline.records.style import brief, decimal, printable, share, shortened
 from trueline.types import Completion
 
 Direction = Literal["takes away", "nothing", "backwards"]
-STEPS = tuple(LinearAlignment("x", ratio=ratio) for ratio in (3.0, 2.0, 1.0, 0.5, 0.25))
+STEPS = (
+    LinearAlignment("x", ratio=3.0),
+    LinearAlignment("x", ratio=2.0),
+    LinearAlignment("x", ratio=2.0, damping=1.0),
+    LinearAlignment("x", ratio=1.0),
+    LinearAlignment("x", ratio=0.5),
+    LinearAlignment("x", ratio=0.25),
+)
 """Settings of Linear Alignment to start from, the strongest first."""
-BUDGET = 0.05
-"""Confidence of the prompt, a token, that a setting to start from may overrule."""
+BUDGET = 0.06
+"""Confidence of the prompt, a token, that a setting to start from may overrule. On SmolLM2-135M and
+Qwen2.5-Coder-0.5B it allows ratio 2 with damping 1 (0.051 and 0.052), with which 0.19 and 0.41 of
+answers follow and keep to the question; the best settings have 0.20 and 0.42, ratio 2 alone (0.084
+and 0.078) has 0.20 and 0.39 and loses more questions. The bundled model may take ratio 3."""
 NOTICED = 0.1
 """Over-refusal that a safety prompt has to add for Self-CD to have something to take away."""
 ALPHA = 1.5
