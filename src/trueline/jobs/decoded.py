@@ -23,6 +23,7 @@ from trueline.evals.judging import JudgeConfig, make_judge
 from trueline.evals.points import Grid, Point, Way, baseline_point, default_label, grid_points
 from trueline.jobs.refusals import refusal_results, with_texts
 from trueline.jobs.sessions import Calling, MeasureResults, Session, check_plot
+from trueline.models.prompts import chat_of
 from trueline.records.hashes import digest
 from trueline.types import Request, SamplingParams
 
@@ -144,9 +145,10 @@ class Points:
         key = digest([self.metric, self.session.run.settings, point.describe(), point.baseline])
         some = self.items[: effects.WATCHED]
         rows = self.respond(point, key)[: len(some)]
-        prompts = [
-            self.decoder.encode(Request(item.chat, point.make(item.principle))) for item in some
-        ]
+        model, prompts = self.decoder.model, []
+        for item in some:
+            chat = point.placed(chat_of(model, item.chat))
+            prompts.append(self.decoder.encode(Request(chat, point.make(item.principle))))
         return effects.warning(self.decoder, prompts, [row["token_ids"] for row in rows])
 
     def respond(self, point: Point, key: str) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from trueline.evals.effects import Effect
 from trueline.evals.items import CHECKED, Item, adherence_items, bundled, refusal_items
 from trueline.evals.judges import KeywordJudge
 from trueline.evals.patterns import check_pattern
+from trueline.evals.points import HELPFUL
 from trueline.evals.statistics import Estimate, mean, rate
 from trueline.jobs.readings import (
     ALPHA,
@@ -37,7 +38,6 @@ from trueline.jobs.readings import (
     with_answers,
 )
 from trueline.methods import LinearAlignment, Plain, SelfCD
-from trueline.methods.linear_alignment import RELEASE_SYSTEM
 from trueline.methods.self_cd import SAFETY_PROMPT
 from trueline.models.load import LanguageModel
 from trueline.models.prompts import chat_of, default_system, encode
@@ -298,7 +298,7 @@ class _Look:
             return own
         if name == "safety":
             return SelfCD(safety_prompt=self.config.safety_prompt).prompts(own)[0]
-        texts = {"none": "", "helpful": RELEASE_SYSTEM, "safety alone": self.config.safety_prompt}
+        texts = {"none": "", "helpful": HELPFUL, "safety alone": self.config.safety_prompt}
         rest = [message for message in own if message["role"] != "system"]
         return [{"role": "system", "content": texts[name]}, *rest]
 
