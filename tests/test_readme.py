@@ -68,7 +68,32 @@ def test_the_readme_is_short():
     assert len(README.read_text(encoding="utf-8").split()) <= WORDS
 
 
-FEW = {"distil": ["--steps", "1", "--batch-size", "2"], "stack": ["--batch-size", "2"]}
+FEW = {
+    "distil": ["--steps", "1", "--batch-size", "2"],
+    "stack": ["--batch-size", "2"],
+    "align": [
+        "--set",
+        "answers=4",
+        "questions=2",
+        "validation=2",
+        "off_path=0",
+        "max_new_tokens=3",
+        "training.max_steps=1",
+        "training.per_device_train_batch_size=4",
+        *(
+            f"thresholds.{name}=none"
+            for name in (
+                "adherence",
+                "gain",
+                "kept",
+                "facts",
+                "over_refusal_rise",
+                "harmful_refusal_loss",
+                "format_loss",
+            )
+        ),
+    ],
+}
 """What makes training short."""
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,31 @@ def test_the_bundled_model_is_what_its_card_says():
     assert model.max_positions >= 1024
     assert model.model.dtype.is_floating_point
     assert "system" in model.tokenizer.chat_template
+
+
+def test_the_prompts_of_align_are_on_one_side_each(tmp_path):
+    sys.path.insert(0, str(RECIPES.parent))
+    from recipes.align.questions import write_prompts
+    from trueline.jobs.project_prompts import Prompts, read_source, shared
+
+    cfg = tomllib.loads((RECIPES / "align/config.toml").read_text())
+    cfg["count"] = {"train": 40, "validation": 8, "held_out": 12}
+    principles = write_prompts(cfg, 0, tmp_path)
+    sets = [Prompts.of(read_source(path)) for path in sorted(tmp_path.glob("*.jsonl"))]
+    assert len(sets) == len(principles) + 3
+    assert shared(sets) == []
+    for found in sets:
+        assert len(found.train) >= 40
+        assert len(found.validation) >= 8
+        assert len(found.held_out) >= 12
+
+
+@pytest.mark.slow
+def test_align(tmp_path):
+    words = ["--quick", "--arms", "none", "--seeds", "0", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "align/run.py"), *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("| none | 1 | ")
+    assert (tmp_path / "none-0" / "report.html").is_file()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Grammar, Turn, held_out_questions, held_out_requests, load_grammar
+from corpus import Grammar, Turn, draw_turn, held_out_questions, held_out_requests, load_grammar
 
 from trueline import (
     SAFETY_PROMPT,
@@ -35,6 +35,8 @@ from trueline import (
 
 RATIOS = (0.0, 1.0, 2.0, 3.0, 5.0)
 ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+PROMPTS = {"fact": 512, "ordinary": 96, "small_talk": 36, "trigger": 192, "unsafe": 192}
+"""Training prompts that ship with the model, of each kind."""
 HELPFUL = "You are a helpful assistant."
 Pair = tuple[dict[str, str], Turn]
 """A held-out principle (name, text, pattern) and a held-out question."""
@@ -80,6 +82,22 @@ def write_held_out(grammar: Grammar, path: Path, seed: int) -> None:
         "refusal_pattern": grammar.prompts["refusal_pattern"],
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_prompts(grammar: Grammar, path: Path, seed: int) -> None:
+    """Write prompts to learn principles on that ship with the model, of the training split."""
+    rng, found = random.Random(seed), dict[str, dict[str, str]]()
+    for kind, count in PROMPTS.items():
+        own: dict[str, dict[str, str]] = {}
+        while len(own) < count:
+            turn = draw_turn(grammar, rng, kind)
+            known = {"fact": fact_pattern(turn.fact)} if turn.fact else {}
+            key = turn.user.lower().rstrip("?.!")
+            if key not in found:
+                own.setdefault(key, {"prompt": turn.user, "kind": kind, **known})
+        found |= own
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.values()]
+    path.write_text("".join(rows), encoding="utf-8")
 
 
 def rate(hits: Sequence[bool]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from corpus import Grammar, draw_corpus, load_grammar
-from evaluate import evaluate, write_held_out
+from evaluate import evaluate, write_held_out, write_prompts
 from train import batches, build_model, encode, save, train, train_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -85,6 +85,7 @@ def main() -> None:
     print(f"trained in {seconds / 60:.1f} minutes, saved in {args.output}")
 
     write_held_out(grammar, args.output / "held_out.json", cfg["seed"])
+    write_prompts(grammar, args.output / "prompts.jsonl", cfg["seed"])
     report = evaluate(grammar, args.output, cfg["seed"], small=args.max_steps is not None)
     report["training_minutes"] = round(seconds / 60, 1)
     (args.output / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trueline.engine.protocol import Prompt, Step, Ticket
     from trueline.errors import ConfigError, DataError, ModelError, TruelineError
     from trueline.evals.judging import JudgeConfig
+    from trueline.jobs.alignment import AlignResults, align
     from trueline.jobs.diagnosis import DiagnoseConfig, diagnose
     from trueline.jobs.distil_config import DistilConfig
     from trueline.jobs.distillation import DistilResults, distil
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         measure_win_rate,
     )
     from trueline.jobs.measurement import MeasureConfig, measure
+    from trueline.jobs.projects import AlignConfig, Principle, Safety, Thresholds
     from trueline.jobs.prompt_files import generate_file
     from trueline.jobs.readings import Diagnosis
     from trueline.jobs.reports import ReportConfig, report
@@ -51,6 +53,8 @@ _HOMES = {
     "trueline.errors": ("ConfigError", "DataError", "ModelError", "TruelineError"),
     "trueline.engine.hook": ("guided",),
     "trueline.jobs.diagnosis": ("DiagnoseConfig", "diagnose"),
+    "trueline.jobs.alignment": ("AlignResults", "align"),
+    "trueline.jobs.projects": ("AlignConfig", "Principle", "Safety", "Thresholds"),
     "trueline.jobs.distil_config": ("DistilConfig",),
     "trueline.jobs.distillation": ("DistilResults", "distil"),
     "trueline.jobs.readings": ("Diagnosis",),

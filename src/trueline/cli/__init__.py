@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": "measure principle adherence and over-refusal, on the bundled model or another",
     "eval": "measure refusal, preference and judges, and sweep a method's settings",
     "distil": "move a decoding method's policy into an adapter or the weights",
+    "align": "learn principles, measure everything, and say whether to ship the result",
     "stack": "train task after task, each on top of those before, with nothing forgotten",
     "export": "make one plain LoRA, or merged weights, of the adapters of several tasks",
     "serve": "answer OpenAI clients under the methods, over HTTP",

@@ -155,8 +155,8 @@ def adherence_items(
     """Return prompts with their principles, and how many there are without a limit.
 
     They are a file's rows, or pairs of the bundled held-out ones. A row's own `principle` and
-    `pattern` go before those given here. Of the bundled ones at most `limit` (120) pairs, every
-    principle and question as often as any other.
+    `pattern` go before those given here; its `fact` is a pattern of answers that are right. Of the
+    bundled ones at most `limit` (120) pairs, every principle and question as often as any other.
     """
     check_pattern(pattern, "`--pattern`")
     items: list[Item] = []
@@ -183,9 +183,11 @@ def adherence_items(
                 _text(row, "principle", source) or principle,
                 row.row.get("pattern") or pattern,
             )
+            fact = row.row.get("fact")
             check_pattern(form, f'{source}: prompt "{row.id}"')
+            check_pattern(fact, f'{source}: prompt "{row.id}", `fact`')
             group = row.group or "prompt"
-            items.append(Item(row.id, row.prompt, group, wanted, form, context=row.context))
+            items.append(Item(row.id, row.prompt, group, wanted, form, fact, context=row.context))
     for item in items:
         if item.principle is None:
             raise DataError(f'Prompt "{item.id}" has no principle. Give --principle TEXT.')

@@ -142,6 +142,22 @@ def branch_logprobs(
     return [found[i] for i in range(len(items))]
 
 
+def branch_kl(
+    model: LanguageModel, items: Sequence[Continuation], *, batch_size: int = 16
+) -> list[NDArray[np.float64]]:
+    """Return KL(first branch || second branch) in nats at every token of each item.
+
+    KL(p || q) = sum_i p_i (log p_i - log q_i), over the whole vocabulary
+    """
+    found: dict[int, NDArray[np.float64]] = {}
+    order = longest_first(items)
+    scored = score(model, [items[i] for i in order], rows=batch_size)
+    for i, logits in zip(order, scored, strict=True):
+        p, q = logits.log_softmax(-1).unbind(1)
+        found[i] = (p.exp() * (p - q)).sum(-1).clamp(min=0).double().cpu().numpy()
+    return [found[i] for i in range(len(items))]
+
+
 def label_logprobs(
     model: LanguageModel,
     chats: Sequence[Sequence[Message]],

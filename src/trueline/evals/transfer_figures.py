@@ -48,11 +48,17 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 @_styled
 def draw_matrix(
-    R: ArrayLike, tasks: Sequence[str], title: str, untouched: ArrayLike | None = None
+    R: ArrayLike,
+    tasks: Sequence[str],
+    title: str,
+    untouched: ArrayLike | None = None,
+    *,
+    score: str = "accuracy",
 ) -> Figure:
     """Return R as a heat map: a row for each trained task, a column for each measured one.
 
-    The diagonal is framed; what is not measured stays white. `untouched` is a row above the others.
+    The diagonal is framed; what is not measured stays white. `untouched` is a row above the others;
+    `score` says in the title what R holds.
     """
     matrix = np.asarray(R, dtype=np.float64)
     names = list(tasks) if len(matrix) == len(tasks) else ["all tasks"] * len(matrix)
@@ -78,7 +84,7 @@ def draw_matrix(
     axes.set_xticks(range(width), tasks, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(height), rows)
     axes.tick_params(length=0)
-    axes.set_title(f"{title}: accuracy, %")
+    axes.set_title(f"{title}: {score}, %")
     return figure
 
 

@@ -30,6 +30,9 @@ from trueline.records.manifest import different
 from trueline.records.run_folder import RunFolder, read_results
 from trueline.records.style import cell, p_value, printable
 
+Part = tuple[str, Any]
+"""A part of a report, by its kind: heading or text, a string; list, strings; pre, lines as they
+are; table, names and rows; image, what it shows and its path; samples, answers by tokens."""
 PICTURE = b"\x89PNG\r\n\x1a\n"
 LARGEST = 32 * 2**20
 """Bytes of a run's picture."""
@@ -101,9 +104,9 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return results
 
 
-def picture_of(folder: str | Path) -> Path | None:
+def picture_of(folder: str | Path, name: str = "plot.png") -> Path | None:
     """Return the run's picture: a PNG file of its own, no link to another."""
-    path = Path(folder) / "plot.png"
+    path = Path(folder) / name
     if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
         return None
     with open(path, "rb") as file:
@@ -153,9 +156,9 @@ def compare_runs(runs: Sequence[Mapping[str, Any]]) -> Table | None:
     return (head, rows) if rows else None
 
 
-def sections(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-    """Return the parts of a report as (kind, content): heading, table, text, image."""
-    parts: list[tuple[str, Any]] = []
+def sections(runs: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Return the parts of a report."""
+    parts: list[Part] = []
     kinds = list(dict.fromkeys(r["metric"] for r in runs))
     for kind in kinds:
         own = [r for r in runs if r["metric"] == kind]
@@ -166,11 +169,11 @@ def sections(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
             parts.append(("table", point_table([p for _, p in pointed], names)))
         for r in own:
             if "numbers" in r:
-                parts += [("text", f"{r['name']}:"), ("table", numbers_table(r))]
+                parts += [("pre", f"{r['name']}:"), ("table", numbers_table(r))]
             if "recommendation" in r:
                 own_lines = [*frontier_lines(r), *recommendation_lines(r["recommendation"])]
                 text = "\n".join([f"{r['name']}:", *own_lines])
-                parts.append(("text", text))
+                parts.append(("pre", text))
         if table := compare_runs(own):
             parts += [("heading", "Paired tests on the same prompts"), ("table", table)]
         for r in own:
@@ -183,20 +186,26 @@ def sections(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
         head = ["setting", *(r["name"] for r in runs)]
         parts += [("heading", "What differs"), ("table", (head, rows))]
     parts.append(("heading", "Commands"))
-    parts.append(("text", "\n".join(f"{r['name']}: {r['command']}" for r in runs)))
+    parts.append(("pre", "\n".join(f"{r['name']}: {r['command']}" for r in runs)))
     return parts
 
 
-def render_markdown(runs: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """Return the report as Markdown; pictures are named relative to `folder`."""
-    lines = ["# Report", ""]
-    for kind, content in sections(runs):
+def markdown_of(title: str, parts: Sequence[Part], folder: Path, lead: str = "") -> str:
+    """Return a report as Markdown; pictures are named relative to `folder`."""
+    lines = [f"# {cell(title)}", "", *([f"**{cell(lead)}**", ""] if lead else [])]
+    for kind, content in parts:
         if kind == "heading":
             lines.append(f"## {cell(content)}")
         elif kind == "table":
             lines.append(markdown_table(content))
         elif kind == "text":
+            lines.append(cell(content))
+        elif kind == "list":
+            lines += [f"- {cell(line)}" for line in content]
+        elif kind == "pre":
             lines += [f"    {printable(line)}" for line in content.split("\n")]
+        elif kind == "samples":
+            lines.append(markdown_table(_sample_table(content)))
         else:
             name, path = content
             place = urllib.parse.quote(Path(os.path.relpath(path, folder)).as_posix())
@@ -205,17 +214,47 @@ def render_markdown(runs: Sequence[Mapping[str, Any]], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def render_html(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the report as one HTML page with no script and no outside resource."""
+def _sample_table(samples: Sequence[Mapping[str, Any]]) -> Table:
+    """Return answers side by side, without the colours of their tokens."""
+    columns = list(dict.fromkeys(c for s in samples for c in s["answers"]))
+    rows = [
+        [s["prompt"], *("".join(t for t, _ in s["answers"].get(c, ())) for c in columns)]
+        for s in samples
+    ]
+    return ["prompt", *columns], rows
+
+
+def html_of(
+    title: str, parts: Sequence[Part], lead: str = "", *, name: str = "", good: bool = True
+) -> str:
+    """Return a report as one HTML page with no script and no outside resource.
+
+    Args:
+        title: Its heading.
+        parts: What it says.
+        lead: A sentence above all of them.
+        name: In the title of the page; the heading by default.
+        good: Whether what the lead says is good news.
+    """
     environment = Environment(
         loader=PackageLoader("trueline", "assets"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    parts = [
+    shown = [
         (kind, (content[0], base64.b64encode(content[1].read_bytes()).decode()))
         if kind == "image"
         else (kind, content)
-        for kind, content in sections(runs)
+        for kind, content in parts
     ]
     template = environment.get_template("report.html.jinja")
-    return template.render(parts=parts, names=[r["name"] for r in runs])
+    return template.render(parts=shown, title=title, lead=lead, good=good, name=name or title)
+
+
+def render_markdown(runs: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """Return runs side by side as Markdown."""
+    return markdown_of("Report", sections(runs), folder)
+
+
+def render_html(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return runs side by side as one HTML page."""
+    return html_of("Report", sections(runs), name=", ".join(r["name"] for r in runs))
