@@ -96,5 +96,18 @@ def test_methods_need_torch_and_the_standard_library_only(path):
     assert roots <= {"torch", "trueline"} | sys.stdlib_module_names
 
 
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
+
+
 def test_every_module_has_a_layer():
     assert {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES} <= set(LEVEL)

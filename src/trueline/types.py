@@ -17,6 +17,7 @@ Progress = Callable[[str, int, int], None]
 ROLES = ("system", "user", "assistant")
 COLDEST = 1e-6
 """Lower temperatures leave the range of float32 logits."""
+MAX_THREADS = 4096
 SEEDS = range(-(2**63), 2**63)
 
 
@@ -173,6 +174,12 @@ def check_seed(seed: object) -> None:
     """Raise `ConfigError` unless the seed is a whole number that fits in 64 bits."""
     if not isinstance(seed, int) or isinstance(seed, bool) or seed not in SEEDS:
         raise ConfigError(f"`seed` must be a whole number below 2^63, got {seed!r}.")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise `ConfigError` unless it is None or a number of CPU threads."""
+    if threads is not None:
+        check_number("threads", threads, low=1, high=MAX_THREADS, whole=True)
 
 
 EMPTY = ("system", "")

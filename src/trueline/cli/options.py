@@ -16,61 +16,53 @@ from typing import TYPE_CHECKING, Any
 
 from trueline.errors import ConfigError
 from trueline.methods import METHODS, find_method, resolve
+from trueline.models.source import ModelConfig
 from trueline.settings.options import Option, options_of
 from trueline.types import Method, SamplingParams
 
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
-    from trueline.models.source import ModelConfig
 
 METAVAR = {float: "X", int: "N", str: "TEXT"}
 NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)")
 """An adapter with a name."""
+PATHS = {"adapter": "DIR", "chat_template": "FILE"}
+"""Settings of a model that are places; others that are text are names."""
 LONGEST = 40
 """Characters of a default that --help shows."""
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Add the options that choose and load a model; `several` takes more than one adapter."""
+    """Add an option for each setting of a model; `several` takes more than one adapter."""
     group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--model", default="tiny", help='folder, hub name, or "tiny", the bundled one (default)')
-    if several:
-        text = "folder or hub name of a PEFT adapter; a named one is a model of its own; repeatable"
-        add("--adapter", metavar="[NAME=]DIR", action="append", default=[], help=text)
-    else:
-        add("--adapter", metavar="DIR", help="folder or hub name of a PEFT adapter (none)")
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:0, mps")
-    add("--device-map", help='spread over devices, e.g. "auto"; needs accelerate (none)')
-    add("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
-    add("--quantize", choices=("4bit", "8bit"), help="needs bitsandbytes (none)")
-    add("--chat-template", metavar="FILE", help="Jinja file to use as the chat template (its own)")
-    add("--raw", action="store_true", help="send the prompt as it is, for base models")
-    add("--no-default-system", action="store_true", help="an empty system message where a chat has "
-        "none, instead of the template's own text")  # fmt: skip
-    add("--revision", help="branch, tag or commit on the hub (its newest)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--threads", type=int, metavar="N", help="CPU threads (1 for small models, else torch's)")
-    add("--no-packed-weights", action="store_true", help="CPU: do not keep a faster weight copy")
+    for option in options_of(ModelConfig):
+        if option.name == "adapters":
+            continue
+        if several and option.name == "adapter":
+            text = f"{option.doc}; a named one is a model of its own; repeatable"
+            _add(group, option, metavar="[NAME=]DIR", action="append", default=[], help=text)
+            continue
+        named = dataclasses.replace(option, name=_place(option))
+        doc = option.doc.replace("%", "%%")
+        shown = {None: "none", False: "off", True: "on"}.get(option.default, option.default)
+        typed = _typed(option, {})
+        if typed.get("metavar") == METAVAR[str]:
+            typed["metavar"] = PATHS.get(option.name, "NAME")
+        _add(group, named, help=f"{doc} ({shown})", default=option.default, **typed)
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
     """Return the model that the options name."""
-    from trueline.models.source import ModelConfig
-
-    names = [
-        *("adapter", "device", "device_map", "dtype", "quantize", "chat_template", "raw"),
-        *("revision", "trust_remote_code", "threads"),
-    ]
-    given = {name: getattr(args, name) for name in names}
+    found = {
+        o.name: getattr(args, _place(o)) for o in options_of(ModelConfig) if o.name != "adapters"
+    }
     if isinstance(args.adapter, list):
-        given |= _adapters(args.adapter)
-    return ModelConfig(
-        args.model,
-        **given,
-        packed_weights=not args.no_packed_weights,
-        default_system=not args.no_default_system,
-    )
+        found |= _adapters(args.adapter)
+    return ModelConfig(**found)
+
+
+def _place(option: Option) -> str:
+    return "model" if option.name == "name" else option.name
 
 
 def _adapters(given: Sequence[str]) -> dict[str, Any]:
@@ -171,10 +163,19 @@ def _typed(
     if kind is tuple:
         pairs = "tuple[str, float]" in str(option.kind)
         return {"nargs": "+", "metavar": "WEIGHT:TEXT" if pairs else "TEXT"}
+    if kind is typing.Literal:
+        return {"choices": _words(option.kind)}
     if kind in numbers:
         return {"type": numbers[kind], "metavar": "X|A:B:STEP|A,B"}
     often = {"action": "append"} if repeated and kind is str else {}
     return often | {"type": kind if kind in METAVAR else str, "metavar": METAVAR.get(kind, "TEXT")}
+
+
+def _words(kind: Any) -> tuple[str, ...]:
+    """Return the words of `Literal["4bit", "8bit"] | None`."""
+    inner = [m for m in typing.get_args(kind) if m is not type(None)]
+    found: tuple[str, ...] = typing.get_args(inner[0]) or tuple(inner)
+    return found
 
 
 def _add(group: Any, option: Option, **extra: Any) -> None:

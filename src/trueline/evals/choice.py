@@ -139,41 +139,45 @@ def choose(
     readable = [k for k in points if all(on[0][k][n].n for n in names)]
     if not readable or not all(any(own[n].n for own in on[1].values()) for n in names):
         return None
-
-    def missed(label: str) -> float:
-        total = 0.0
-        for b in bounds:
-            scale = on[0][str(baseline)][b.measure].value if b.of_baseline else 1.0
-            limit, value = b.limit * scale, on[0][label][b.measure].value
-            total += max(0.0, limit - value if b.at_least else value - limit) / (limit or 1.0)
-        return total
-
-    def order(label: str) -> tuple[float, float, float]:
-        own, b = on[0][label], bounds[0]
-        value = own[goal.measure].value
-        return (
-            missed(label),
-            -value if goal.most else value,
-            -own[b.measure].value if b.at_least else own[b.measure].value,
-        )
-
-    label = min(readable, key=order)
+    kept = dataclasses.replace(goal, bounds=tuple(bounds))
+    order = {k: _order(kept, on[0][k], on[0].get(str(baseline), {})) for k in readable}
+    label = min(readable, key=lambda k: order[k])
     compared = default if default in outcomes else None
-    p_values: dict[str, float | None] = {}
-    for name in names:
-        pair = [_where(outcomes[k][name], second) for k in (label, compared) if k is not None]
-        rates = all(v in (0, 1, None) for values in pair for v in values)
-        p_values[name] = paired_test(*pair) if rates and len(pair) == 2 else None
+    own, other = outcomes[label], outcomes.get(str(compared), {})
     return Choice(
         label=label,
-        goal=Goal(goal.measure, goal.most, tuple(bounds)),
-        meets_bounds=missed(label) == 0,
+        goal=kept,
+        meets_bounds=order[label][0] == 0,
         chosen_on=on[0][label],
         reported_on=on[1][label],
-        baseline_on=on[1].get(baseline) if baseline is not None else None,
+        baseline_on=on[1].get(str(baseline)),
         default_label=compared,
-        default_on=on[1][compared] if compared is not None else None,
-        p_values=p_values,
+        default_on=on[1].get(str(compared)),
+        p_values={n: _rate_test(own[n], other.get(n), second) for n in names},
+    )
+
+
+def _rate_test(first: Values, second: Values | None, half: Sequence[bool]) -> float | None:
+    """Return the p-value of two rates on a half; None where one is no rate or is not there."""
+    pair = [_where(values, half) for values in (first, second) if values is not None]
+    rates = len(pair) == 2 and all(v in (0, 1, None) for values in pair for v in values)
+    return paired_test(*pair) if rates else None
+
+
+def _order(
+    goal: Goal, own: Mapping[str, Estimate], baseline: Mapping[str, Estimate]
+) -> tuple[float, float, float]:
+    """Return what the best point has least of: missed bounds, the goal and the first bound."""
+    missed = 0.0
+    for b in goal.bounds:
+        limit = b.limit * (baseline[b.measure].value if b.of_baseline else 1.0)
+        value = own[b.measure].value
+        missed += max(0.0, limit - value if b.at_least else value - limit) / (limit or 1.0)
+    value, first = own[goal.measure].value, own[goal.bounds[0].measure].value
+    return (
+        missed,
+        -value if goal.most else value,
+        -first if goal.bounds[0].at_least else first,
     )
 
 

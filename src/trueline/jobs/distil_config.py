@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from trueline.errors import ConfigError, check_number
 from trueline.evals.judging import JudgeConfig
 from trueline.methods import METHODS, find_method
 from trueline.models.adapter import MAX_RANK
-from trueline.models.device import MAX_THREADS
 from trueline.models.source import ModelConfig
 from trueline.settings.reader import (
     as_values,
@@ -29,6 +27,7 @@ from trueline.train.base import LoraSettings
 from trueline.train.distil.config import InverseQConfig
 from trueline.train.keep import make_keep
 from trueline.train.progress import quiet
+from trueline.types import check_threads
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ class DistilConfig:
         check_number("lora.dropout", self.lora.dropout, low=0, high=1, high_open=True)
         if self.lora.alpha is not None:
             check_number("lora.alpha", self.lora.alpha, low=0, low_open=True)
-        for name, high in {"limit": math.inf, "threads": MAX_THREADS}.items():
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), low=1, high=high, whole=True)
+        if self.limit is not None:
+            check_number("limit", self.limit, low=1, whole=True)
+        check_threads(self.threads)
         if not isinstance(self.prompts, (str, Path)):
             raise ConfigError('`prompts` is missing: a JSONL file, rows with a "prompt".')
         if self.full and self.quantize:

@@ -116,7 +116,7 @@ def distil(
     earlier = earlier_adapters(config.after) if config.after else []
     with quiet():
         lm = model or config.source.load()
-        if config.dtype == "auto" and lm.model.dtype == torch.float16:
+        if (config.dtype, lm.model.dtype) == ("auto", torch.float16):
             lm.model.float()
         sized = base.defaults(sum(p.numel() for p in lm.model.parameters()), config.full)
         values = config.settings(sized)
@@ -132,15 +132,14 @@ def distil(
             with quiet(), _naming_rows(str(config.prompts), rows):
                 trainer, save = _made(config, args, lm, rows, held_out, earlier)
             if questions is not None:
-                room = args.max_completion_length
-                trainer.evaluate_with(HeldOutAnswers(questions, trainer.teacher, room))
+                asked = HeldOutAnswers(questions, trainer.teacher, args.max_completion_length)
+                trainer.evaluate_with(asked)
             TrainingLog(trainer, run if run.main else None, write_toml(values), SHOWN, progress)
-            with quiet(), saving(run.folder):
-                _train(trainer, save, run)
+            _train(trainer, save, run)
             if run.main:
                 write_card(config, values, run, len(rows))
-        note = use_note(config, run.folder)
-        return DistilResults(run.folder, run.results or {}, note, tuple(run.broken))
+        found = run.results or {}
+        return DistilResults(run.folder, found, use_note(config, run.folder), tuple(run.broken))
     finally:
         run.close()
 
@@ -160,12 +159,13 @@ def _identity(
 
 def _train(trainer: InverseQTrainer, save: Callable[[str], object], run: RunFolder) -> None:
     """Train from the start or the checkpoint, and put the weights into the folder."""
-    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-    if trainer.over_budget is not None:
-        run.facts["over_budget"] = trainer.over_budget
-    run.put(save, keep=("README.md",))
+    with quiet(), saving(run.folder):
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        if trainer.over_budget is not None:
+            run.facts["over_budget"] = trainer.over_budget
+        run.put(save, keep=("README.md",))
 
 
 def _made(

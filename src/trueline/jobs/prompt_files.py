@@ -17,23 +17,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trueline.engine.decoding import Decoder
 from trueline.errors import ConfigError, DataError
 from trueline.evals.effects import warning
 from trueline.jobs.row_plan import Plan, PromptFileConfig
 from trueline.models.adapter import adapter_settings
 from trueline.models.source import ModelConfig
 from trueline.records.disk import check_regular, replace_file
-from trueline.records.hashes import file_hash, folder_hash, model_folder, model_hash
+from trueline.records.hashes import (
+    file_hash,
+    folder_hash,
+    model_folder,
+    model_hash,
+    versions,
+)
 from trueline.records.lines import LineFile, dump
 from trueline.records.output_file import OutputFile, kept_settings, sidecar_of
 from trueline.records.prompt_rows import BadRow, BadRowsError, PromptRow, read_prompts
-from trueline.types import (
-    Completion,
-    Progress,
-)
+from trueline.types import Completion, Progress
 
 if TYPE_CHECKING:
-    from trueline.engine.decoding import Decoder
     from trueline.engine.protocol import Prompt, Step
     from trueline.models.load import LanguageModel
 
@@ -97,8 +100,6 @@ def generate_file(
         DataError: The file cannot be used.
         ModelError: The model does not fit.
     """
-    from trueline.engine.decoding import Decoder
-
     assert isinstance(config.model, ModelConfig)
     check_paths(config.input, output)
     content = read_prompts(config.input)
@@ -120,15 +121,14 @@ def generate_file(
         batch_size=config.batch_size,
         admission="each_step" if config.refill else "when_empty",
     )
-    prompts: dict[int, Prompt] = {}
-    rows, more = _split(rows, lambda row: prompts.update({row.line: plan.encode(decoder, row)}))
+    rows, prompts, more = _encoded(plan, decoder, rows)
     bad = sorted([*content.bad, *bad, *more], key=lambda b: b.line)
     _refuse(config, bad)
     if not rows:
         raise DataError(f"{config.input}: no row can be used. {bad[0].error}")
     ids = [row.fields["id"] for row in rows]
     file = OutputFile(output, settings, ids, config.batch_size, overwrite=overwrite)
-    run = _Run(decoder, file, rows, [prompts[row.line] for row in rows], progress)
+    run = _Run(decoder, file, rows, prompts, progress)
     try:
         if bad:
             lines = [dump({"line": b.line, "error": b.error, "row": b.row}) + "\n" for b in bad]
@@ -136,9 +136,8 @@ def generate_file(
         run.decode(config.batch_size)
     finally:
         new = file.done - run.already
-        done = FileResults(
-            str(output), len(rows), new, run.tokens, run.seconds, len(bad), run.warning
-        )
+        counts = (len(rows), new, run.tokens, run.seconds, len(bad))
+        done = FileResults(str(output), *counts, run.warning)
         names = ("rows", "tokens", "seconds", "tokens_per_second")
         file.close({name: done.as_dict()[name] for name in names})
     return done
@@ -251,6 +250,15 @@ def _split(
     return good, bad
 
 
+def _encoded(
+    plan: Plan, decoder: Decoder, rows: Sequence[PromptRow]
+) -> tuple[list[PromptRow], list[Prompt], list[BadRow]]:
+    """Return the rows that fit the model, their token ids, and the others."""
+    prompts: dict[int, Prompt] = {}
+    good, bad = _split(rows, lambda row: prompts.update({row.line: plan.encode(decoder, row)}))
+    return good, [prompts[row.line] for row in good], bad
+
+
 def _refuse(config: PromptFileConfig, bad: Sequence[BadRow]) -> None:
     if bad and not config.skip_bad:
         raise BadRowsError(str(config.input), sorted(bad, key=lambda b: b.line))
@@ -271,10 +279,8 @@ def _settings(
     config: PromptFileConfig, plan: Plan, data: str, files: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what decides the bytes of the output."""
-    from trueline import __version__
-
     found = {
-        "trueline": __version__,
+        "trueline": versions()["trueline"],
         "input": {"sha256": data},
         "model": {**asdict(config.model), **files},  # type: ignore[arg-type]
         **plan.describe(),

@@ -102,16 +102,13 @@ def export_card(
     ]
     of = f"{done.tasks} adapters" if done.tasks > 1 else "one adapter"
     base = "the base" if model is None else Path(model).name if is_bundled(model) else model
-    results = {
-        f"{stream['strategy']}, {key.replace('_', ' ')}": value
-        for stream in streams
-        for key, value in stream["measures"].items()
-    }
+    of = f"{of.capitalize()} on {base}"
+    recipe = {f"stream {i}": ", ".join(s["tasks"]) for i, s in enumerate(streams, 1)}
     return model_card(
         title=name,
-        summary=f"{of.capitalize()} on {base}, merged into its weights."
+        summary=f"{of}, merged into its weights."
         if merged
-        else f"{of.capitalize()} on {base} as one plain LoRA of rank {done.rank}.",
+        else f"{of} as one plain LoRA of rank {done.rank}.",
         front=_front(model, family, adapter=not merged),
         use=usage(
             family,
@@ -124,15 +121,14 @@ def export_card(
             chat=bool(last.get("chat")),
         ),
         notes=[str(done)],
-        recipe={
-            "base": base,
-            **{f"stream {i}": ", ".join(s["tasks"]) for i, s in enumerate(streams, 1)},
-            **versions(),
-            **_versions(),
-        },
+        recipe={"base": base, **recipe, **versions(), **_versions()},
         command=command,
         config="",
-        results=results,
+        results={
+            f"{stream['strategy']}, {key.replace('_', ' ')}": value
+            for stream in streams
+            for key, value in stream["measures"].items()
+        },
         tables=markdown_table((["", "adapter", "rank", "SHA-256 of its weights"], rows)),
         curves=False,
     )

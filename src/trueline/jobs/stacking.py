@@ -32,10 +32,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trueline.errors import ConfigError, check_number
+from trueline.errors import ConfigError
 from trueline.evals.transfer import summary, trained
 from trueline.jobs.stack_cards import run_card
-from trueline.models.device import MAX_THREADS
 from trueline.models.places import BUNDLED
 from trueline.records.hashes import versions
 from trueline.records.lines import plain
@@ -49,7 +48,7 @@ from trueline.train.tasks.stages import TaskStages
 from trueline.train.tasks.stream_config import StreamConfig
 from trueline.train.tasks.stream_files import read_stream
 from trueline.train.tasks.task_trainer import calm
-from trueline.types import Progress
+from trueline.types import Progress, check_threads
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ class StackConfig(StreamConfig):
         if self.tasks is None:
             raise ConfigError("`--tasks FILE` is missing: a TOML file that names the tasks.")
         make_keep(self.keep, **self.options)
-        if self.threads is not None:
-            check_number("threads", self.threads, low=1, high=MAX_THREADS, whole=True)
+        check_threads(self.threads)
 
     @classmethod
     def layered(cls, layers: Sequence[tuple[Mapping[str, Any], str]]) -> StackConfig:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from trueline.errors import ConfigError, check_number, suggestion
+from trueline.errors import ConfigError, suggestion
+from trueline.types import check_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 100_000_000
 """Models with fewer parameters run fastest on one thread."""
-MAX_THREADS = 4096
 """More than any machine has; torch takes what does not fit its integers for an error of its own."""
 
 
@@ -72,10 +72,10 @@ def find_dtype(dtype: str, config: Any, target: torch.device) -> torch.dtype:
 def set_threads(threads: int | None, model: Any = None) -> None:
     """Set torch's CPU threads: as given, or 1 for a small model, else torch's own choice.
 
-    Raises `ConfigError` for a number below 1 or above `MAX_THREADS`.
+    Raises `ConfigError` for what is no number of threads.
     """
+    check_threads(threads)
     if threads is not None:
-        check_number("threads", threads, low=1, high=MAX_THREADS, whole=True)
         torch.set_num_threads(threads)
     elif model is not None and sum(p.numel() for p in model.parameters()) < SMALL:
         torch.set_num_threads(1)

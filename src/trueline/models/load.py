@@ -181,44 +181,39 @@ def load_model(
     Raises `ConfigError` for an option that is out of range, `ModelError` for a name without a
     model, and for one that cannot be used.
     """
-    check_kind("revision", revision, (str, type(None)), "text")
-    check_flag("raw", raw)
-    check_flag("trust_remote_code", trust_remote_code)
+    _check_kinds(revision, raw, trust_remote_code)
     target = _checked(name, dtype, device, device_map, adapter, quantize, chat_template)
     _check_names(adapters)
     tell = progress or LOADING.get() or (lambda *_: None)
     tell(f"loading {name}", 0, 1)
     template = _read_template(chat_template)
     sources = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
-    folders = {called: find_adapter(source) for called, source in sources.items()}
-    for folder in folders.values():
-        check_adapter(folder)
+    folders = _adapter_folders(sources)
     place = find_model(name, revision=revision, trust_remote_code=trust_remote_code, progress=tell)
-    model, tokenizer = _read(place, target, dtype, device_map, quantize)
-    if template is not None:
-        tokenizer.chat_template = template
+    model, tokenizer = _read(place, target, dtype, device_map, quantize, template)
     for called, folder in folders.items():
         model = put_adapter(model, str(sources[called]), folder, on=str(name), called=called)
     if packed_weights is not False and target.type == "cpu":
         pack_weights(model, force=packed_weights is True)
     tell(f"loading {name}", 1, 1)
-    loaded = LanguageModel(
-        model,
-        tokenizer,
-        str(name),
-        raw,
-        default_system=default_system,
-        adapters=tuple(adapters or ()),
-        folder=place.folder,
-        adapter_folders=folders,
-    )
-    if adapters:
-        _check_mixing(loaded)
-    return loaded
+    return _check_mixing(LanguageModel(
+        model, tokenizer, str(name), raw, default_system=default_system,
+        adapters=tuple(adapters or ()), folder=place.folder, adapter_folders=folders,
+    ))  # fmt: skip
 
 
-def _check_mixing(model: LanguageModel) -> None:
-    """Raise `ModelError` for adapters of which PEFT cannot run several in one forward."""
+def _adapter_folders(sources: Mapping[str, str | Path]) -> dict[str, Path]:
+    """Return the folders of adapters, each checked, by what they are called."""
+    folders = {called: find_adapter(source) for called, source in sources.items()}
+    for folder in folders.values():
+        check_adapter(folder)
+    return folders
+
+
+def _check_mixing(model: LanguageModel) -> LanguageModel:
+    """Return it; `ModelError` for adapters of which PEFT cannot run several in one forward."""
+    if not model.adapters:
+        return model
     names = [BASE, *model.adapters]
     ids = torch.full((len(names), 1), model.pad_token_id, device=model.device)
     try:
@@ -229,6 +224,7 @@ def _check_mixing(model: LanguageModel) -> None:
             f'The adapters of model "{model.name}" cannot run side by side: {one_line(error)} Give '
             "plain LoRA adapters."
         ) from None
+    return model
 
 
 def _checked(
@@ -256,6 +252,12 @@ def _checked(
     return find_device(device)
 
 
+def _check_kinds(revision: object, raw: object, trust_remote_code: object) -> None:
+    check_kind("revision", revision, (str, type(None)), "text")
+    check_flag("raw", raw)
+    check_flag("trust_remote_code", trust_remote_code)
+
+
 def _check_names(adapters: object) -> None:
     """Raise `ConfigError` unless these are adapters by name."""
     if adapters is None:
@@ -274,11 +276,18 @@ def _check_names(adapters: object) -> None:
 
 
 def _read(
-    place: Place, target: torch.device, dtype: str, device_map: Any, quantize: str | None
+    place: Place,
+    target: torch.device,
+    dtype: str,
+    device_map: Any,
+    quantize: str | None,
+    template: str | None,
 ) -> tuple[Any, Any]:
     """Return model and tokenizer, the model where it is to run."""
     config = read_config(place)
     tokenizer = read_tokenizer(place)
+    if template is not None:
+        tokenizer.chat_template = template
     options: dict[str, Any] = {"dtype": find_dtype(dtype, config, target)}
     if device_map is not None:
         need("accelerate", "device-map", "device_map")

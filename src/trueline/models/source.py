@@ -6,15 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from trueline.errors import ConfigError, check_number
-from trueline.models import load
-from trueline.models.adapter import adapter_settings
-from trueline.models.device import MAX_THREADS, set_threads
-from trueline.models.load import LanguageModel
+from trueline.errors import ConfigError
 from trueline.records.hashes import digest, model_folder, model_hash
-from trueline.types import Progress
+from trueline.types import Progress, check_threads
+
+if TYPE_CHECKING:
+    from trueline.models.load import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -60,32 +59,23 @@ class ModelConfig:
                 object.__setattr__(self, field, str(value))
             elif not isinstance(value, str) and (value is not None or field == "name"):
                 raise ConfigError(f"`{field}` must be a path or a name, got {value!r}.")
-        if self.threads is not None:
-            check_number("threads", self.threads, low=1, high=MAX_THREADS, whole=True)
+        check_threads(self.threads)
 
     def load(self, progress: Progress | None = None) -> LanguageModel:
         """Load the model and set the number of threads; `progress` is told what is under way."""
-        model = load.load_model(
-            self.name,
-            dtype=self.dtype,
-            device=self.device,
-            device_map=self.device_map,
-            adapter=self.adapter,
-            adapters=self.adapters,
-            quantize=self.quantize,
-            chat_template=self.chat_template,
-            raw=self.raw,
-            default_system=self.default_system,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            packed_weights=None if self.packed_weights else False,
-            progress=progress,
-        )
+        from trueline.models.device import set_threads  # heavy: settings are read without it
+        from trueline.models.load import load_model
+
+        own = {k: v for k, v in vars(self).items() if k not in ("name", "threads")}
+        own |= {"packed_weights": None if self.packed_weights else False, "progress": progress}
+        model = load_model(self.name, **own)
         set_threads(self.threads, model.model)
         return model
 
     def identity(self, model: LanguageModel) -> dict[str, Any]:
         """Return what decides the model's answers: names, hashes of the bytes, dtype, device."""
+        from trueline.models.adapter import adapter_settings
+
         folders = model.adapter_folders
         named = {k: adapter_settings(name, folders.get(k)) for k, name in self.adapters.items()}
         return {

@@ -72,8 +72,7 @@ def collect_moments(
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     tokens, rows = dict.fromkeys(modules, 0), 0
-    device = next(model.parameters()).device
-    was_training = model.training
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
         for batch in batches:
