@@ -51,7 +51,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def _sweep(part: Mapping[str, Any]) -> list[str]:
-    lines = [f"    {part['command']}", "", markdown_table(point_table(part["points"]))]
+    lines = [f"    {part['call']}", "", markdown_table(point_table(part["points"]))]
     if part.get("recommendation"):
         lines += ["", *(f"    {x}" for x in recommendation_lines(part["recommendation"]))]
     return lines
@@ -93,7 +93,7 @@ def _real(part: Mapping[str, Any]) -> list[str]:
     for row in part["rows"]:
         start = [row["model"], row["data"]]
         if "error" in row:
-            error = re.sub(r'"[^"]*/([^"/]+)"', r'"\1"', row["error"]).removeprefix("error: ")
+            error = re.sub(r'"[^"]*/([^"/]+)"', r'"\1"', row["error"])
             rows.append([*start, "-", "-", "-", error, *["-"] * 4])
             continue
         start += [str(row["n"]), str(row["skipped"])]
@@ -134,7 +134,7 @@ def _throughput(part: Mapping[str, Any]) -> list[str]:
             f"{part['tokens'] / part['seconds']:,.0f}",
         ],
         [
-            f"`{part['run_command'].split(' --safe')[0]}` as it is used: two settings (self-cd, "
+            "`measure` at alpha 2.5 as it is used: two settings (self-cd, "
             "plain), end of text ends, judged, perplexity, files",
             f"{part['run_tokens']:.1f} a prompt",
             f"{part['run_seconds']:.1f}",

@@ -1,11 +1,11 @@
-"""What `trueline eval` measures: on the bundled model, and end to end on real data and models.
+"""What `trueline.measure` and `sweep` find: on the bundled model, and on real data and models.
 
     python benchmarks/measurement.py --output out/measurement              # all, about ten minutes
     python benchmarks/measurement.py --part frontier ratio recommended     # the bundled model alone
     python benchmarks/measurement.py --limit 4                             # a look, no numbers
 
-Every number comes from the command line's own runs, which stay in the output folder and go on where
-a killed one stopped. Markdown goes to stdout, progress to stderr; the output folder gets
+Every number comes from runs of these jobs, which stay in the output folder and go on where a killed
+one stopped. Markdown goes to stdout, progress to stderr; the output folder gets
 measurement.json, measurement.md, frontier.png and ratio.png. `benchmarks/README.md` says how to
 read it.
 """
@@ -13,33 +13,46 @@ read it.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import random
-import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._halves import adherence_halves, refusal_halves
-from trueline.cli import main as trueline
+from trueline import (
+    JudgeConfig,
+    MeasureConfig,
+    ModelConfig,
+    PromptFileConfig,
+    SamplingParams,
+    SweepConfig,
+    TruelineError,
+    generate_file,
+    measure,
+    sweep,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 START = time.perf_counter()
 REQUESTS, PAIRS, THROUGHPUT = 400, 240, 450
-ALPHAS, GRID = "0:3:0.5", ("ratio=0,1,2,3,5", "candidates=0.8,0.95,1")
+ALPHAS = (0, 0.5, 1, 1.5, 2, 2.5, 3)
+GRID = {"ratio": (0, 1, 2, 3, 5), "candidates": (0.8, 0.95, 1)}
 DEFAULTS = {"refusal": "alpha=2.5", "adherence": "ratio=2, candidates=0.8"}
 PRINCIPLE = "Be harmless."
-MODELS: dict[str, tuple[str, ...]] = {"craftgpt-5m": (), "stories260K": ("--raw",)}
-SHORT_SAFETY = ("--safety-prompt", "Be helpful, but safe.")
+LETTERS: tuple[Literal["letter", "logprob"], ...] = ("letter", "logprob")
+MODELS = ("craftgpt-5m", "stories260K")
+RAW = ("stories260K",)
+"""Models with no chat template."""
+SHORT_SAFETY = {"safety_prompt": "Be helpful, but safe."}
 """For 64 positions: the default safety prompt alone has more tokens."""
 OVER, HARM = "data/over_refusal", "data/harmful"
 REFUSAL_SETS = {
@@ -60,35 +73,37 @@ USERS = (
 Found = dict[str, Any]
 
 
-def call(words: Sequence[object], folder: Path) -> Found:
-    """Run a `trueline eval` command; return its results, or the error line where it refuses."""
-    argv = [*map(str, words), "--output", str(folder)]
-    say("trueline " + shlex.join(argv))
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = trueline(argv)
-    about = {"command": "trueline " + shlex.join(map(str, words))}
-    if code:
-        about["error"] = err.getvalue().strip().splitlines()[-1]
-        if "belongs to another run" in about["error"]:
-            raise SystemExit(f"{about['error']} Here: another benchmark --output.")
-        return about
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+def call(config: MeasureConfig, folder: Path, *, overwrite: bool = False) -> Found:
+    """Run a measurement; return its results, or the error where it refuses."""
+    about = {"call": shown(config)}
+    say(f"{about['call']} -> {folder}")
+    job: Callable[..., Any] = sweep if isinstance(config, SweepConfig) else measure
+    try:
+        found = job(config, folder, overwrite=overwrite)
+    except TruelineError as error:
+        if "belongs to another run" in str(error):
+            raise SystemExit(f"{error} Here: another benchmark --output.") from None
+        return {**about, "error": error.lines()[-1]}
     # Of all sessions, if the run was resumed; the model is loaded before.
     sessions = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["sessions"]
     seconds = round(sum(session.get("seconds", 0) for session in sessions), 1)
-    return {**results, **about, "folder": str(folder), "seconds": seconds}
+    return {**found.written, **about, "folder": str(folder), "seconds": seconds}
 
 
-def limited(words: Sequence[object], limit: int | None) -> list[object]:
-    """Return the command with `--limit` where there is one."""
-    return [*words, *(("--limit", limit) if limit else ())]
+def shown(config: Any) -> str:
+    """Return the call that a config stands for: what is not by default."""
+    given = [
+        f"{f.name}={value.name if f.name == 'model' else value!r}"
+        for f in fields(config)
+        if (value := getattr(config, f.name)) != f.default and value not in ({}, None)
+    ]
+    return f"{type(config).__name__}({', '.join(given)})"
 
 
 def need(found: Found) -> Found:
-    """Return the results; raise where a command of the bundled model failed."""
+    """Return the results; raise where a measurement on the bundled model failed."""
     if "error" in found:
-        raise SystemExit(f"{found['command']}\n{found['error']}")
+        raise SystemExit(f"{found['call']}\n{found['error']}")
     return found
 
 
@@ -98,17 +113,16 @@ def frontier(options: argparse.Namespace) -> Found:
     for name, kind in (("safe", "trigger"), ("unsafe", "unsafe")):
         paths.append(options.output / f"{name}.jsonl")
         write(paths[-1], [{"prompt": p} for p in held_out(kind, options.limit or REQUESTS)])
-    words = ["eval", "refusal", "--method", "self-cd", "--alpha", ALPHAS]
-    found = need(call([*words, "--safe", paths[0], "--unsafe", paths[1]], options.output / "alpha"))
+    config = SweepConfig(method="self-cd", grid={"alpha": ALPHAS}, safe=paths[0], unsafe=paths[1])
+    found = need(call(config, options.output / "alpha"))
     shutil.copy(options.output / "alpha" / "plot.png", options.output / "frontier.png")
     return found
 
 
 def ratio(options: argparse.Namespace) -> Found:
     """Adherence and facts over ratio and candidates, on held-out principles and questions."""
-    count = options.limit or PAIRS
-    words = ["eval", "sweep", "--metric", "adherence", "--grid", *GRID, "--limit", count]
-    found = need(call(words, options.output / "grid"))
+    config = SweepConfig(metric="adherence", grid=GRID, limit=options.limit or PAIRS)
+    found = need(call(config, options.output / "grid"))
     shutil.copy(options.output / "grid" / "plot.png", options.output / "ratio.png")
     return found
 
@@ -122,33 +136,40 @@ def recommended(options: argparse.Namespace) -> Found:
     }
 
 
+def model_of(options: argparse.Namespace, name: str) -> ModelConfig:
+    """Return one of the real models."""
+    return ModelConfig(str(options.shared / "models" / name), raw=name in RAW)
+
+
 def real(options: argparse.Namespace) -> Found:
     """The pipeline from end to end on real data and models; nothing is claimed about safety."""
     rows = []
-    for name, extra in MODELS.items():
-        model = ["--model", options.shared / "models" / name, *extra]
+    for name in MODELS:
         folder = options.output / "real" / name
-        short = SHORT_SAFETY if name == "craftgpt-5m" else ()
+        common: Found = {"model": model_of(options, name), "skip_long": True, "plot": False}
+        words: Found = {"sampling": SamplingParams(max_new_tokens=32)}
         for title, paths in REFUSAL_SETS.items():
             safe, unsafe = (options.shared / path for path in paths)
-            words = ["eval", "refusal", *model, *short, "--alpha", "0,1,2.5", "--safe", safe]
-            words += ["--unsafe", unsafe, "--max-new-tokens", 32, "--skip-long", "--no-plot"]
-            at = folder / title.replace(", ", "-")
-            rows.append(part_row(name, title, call(limited(words, options.limit), at)))
-        words = ["eval", "preference", *model, "--prompts", options.shared / PSOUPS, "--skip-long"]
-        words += ["--max-new-tokens", 32, "--judge", "local", "--judge-model", "tiny", "--no-plot"]
-        found = call(limited(words, options.limit or 100), folder / "psoups")
-        rows.append(part_row(name, "psoups, judge tiny", found))
-        answers = personal(options, model, folder)
-        for by in ("letter", "logprob"):
-            words = ["eval", "preference", *model, "--questions", answers, "--by", by]
-            words += ["--max-new-tokens", 10] if by == "letter" else []
-            found = call([*words, "--skip-long", "--no-plot"], folder / f"personal-{by}")
+            config: MeasureConfig = SweepConfig(
+                **common, **words, grid={"alpha": (0, 1, 2.5)}, safe=safe, unsafe=unsafe,
+                options=SHORT_SAFETY if name == "craftgpt-5m" else {}, limit=options.limit,
+            )  # fmt: skip
+            rows.append(part_row(name, title, call(config, folder / title.replace(", ", "-"))))
+        config = MeasureConfig(
+            **common, **words, prompts=options.shared / PSOUPS, limit=options.limit or 100,
+            judge=JudgeConfig("local", "tiny"),
+        )  # fmt: skip
+        rows.append(part_row(name, "psoups, judge tiny", call(config, folder / "psoups")))
+        answers = personal(options, name, folder)
+        for by in LETTERS:
+            tokens = SamplingParams(max_new_tokens=10 if by == "letter" else 64)
+            config = MeasureConfig(**common, sampling=tokens, questions=answers, by=by)
+            found = call(config, folder / f"personal-{by}")
             rows.append(part_row(name, f"personal questions, by {by}", found))
     return {"rows": rows}
 
 
-def personal(options: argparse.Namespace, model: Sequence[object], folder: Path) -> Path:
+def personal(options: argparse.Namespace, model: str, folder: Path) -> Path:
     """Return a file of questions with the model's own answers for four users.
 
     The published answers are not to be had: the model writes each under the user's principle.
@@ -163,15 +184,12 @@ def personal(options: argparse.Namespace, model: Sequence[object], folder: Path)
         for u, user in enumerate(USERS)
     ]
     write(folder / "asked.jsonl", rows)
-    words = ["generate", *model, "--input", folder / "asked.jsonl", "--method", "plain"]
-    words += ["--max-new-tokens", 12, "--skip-bad", "--output", folder / "answers.jsonl"]
-    say("trueline " + shlex.join(map(str, words)))
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()) as err,
-    ):
-        if trueline([str(word) for word in words]):
-            raise SystemExit(err.getvalue())
+    given = {"max_new_tokens": 12}
+    config = PromptFileConfig(
+        folder / "asked.jsonl", "plain", given, model_of(options, model), skip_bad=True
+    )
+    say(f"{shown(config)} -> {folder / 'answers.jsonl'}")
+    generate_file(config, folder / "answers.jsonl")
     lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     answers = {row["id"]: row["text"].strip() or "-" for row in map(json.loads, lines)}
     ids = [[f"{i}:{u}" for u in range(len(USERS))] for i in range(len(questions))]
@@ -187,7 +205,7 @@ def personal(options: argparse.Namespace, model: Sequence[object], folder: Path)
 def part_row(model: str, data: str, found: Found) -> Found:
     """Return what the table of real runs shows of one run."""
     row = {"model": model, "data": data} | {
-        k: found[k] for k in ("command", "error", "seconds", "points", "numbers") if k in found
+        k: found[k] for k in ("call", "error", "seconds", "points", "numbers") if k in found
     }
     settings = found.get("settings", {}).get("data", {})
     return {**row, "n": settings.get("n"), "skipped": settings.get("skipped", 0)}
@@ -200,18 +218,20 @@ def hh(options: argparse.Namespace) -> Found:
 
     rows = []
     pairs = {pair.id: pair for pair in load_pairs(options.shared / HH)}
-    for name, extra in MODELS.items():
-        words = ["eval", "preference", "--model", options.shared / "models" / name, *extra]
-        words += ["--pairs", options.shared / HH, "--principle", PRINCIPLE]
-        found = call(limited(words, options.limit), options.output / "hh" / name)
+    for name in MODELS:
+        config = MeasureConfig(
+            model_of(options, name), options={"principle": PRINCIPLE}, pairs=options.shared / HH,
+            limit=options.limit,
+        )  # fmt: skip
+        found = call(config, options.output / "hh" / name)
         if "error" in found:
-            rows.append({"model": name, "error": found["error"], "command": found["command"]})
+            rows.append({"model": name, "error": found["error"], "call": found["call"]})
             continue
         lines = (Path(found["folder"]) / "verdicts.jsonl").read_text().splitlines()
         scored = [row["id"] for row in map(json.loads, lines) if row["chosen"] is not None]
         longer = rate([len(pairs[i].chosen) > len(pairs[i].rejected) for i in scored])
         row = {"model": name, "numbers": found["numbers"], "longer": vars(longer)}
-        rows.append({**row, "seconds": found["seconds"], "command": found["command"]})
+        rows.append({**row, "seconds": found["seconds"], "call": found["call"]})
     return {"principle": PRINCIPLE, "pairs": len(pairs), "rows": rows}
 
 
@@ -219,7 +239,7 @@ def throughput(options: argparse.Namespace) -> Found:
     """Seconds for Self-CD on 450 prompts: all 64 tokens of each, and the whole of a real run."""
     import torch
 
-    from trueline import SamplingParams, SelfCD, generate, load_model
+    from trueline import SelfCD, generate, load_model
 
     count = options.limit or THROUGHPUT
     prompts = held_out("trigger", count // 2) + held_out("unsafe", count - count // 2)
@@ -234,10 +254,12 @@ def throughput(options: argparse.Namespace) -> Found:
     assert tokens == 64 * count, "a completion is shorter than 64 tokens"
     for name, part in (("safe", prompts[: count // 2]), ("unsafe", prompts[count // 2 :])):
         write(options.output / f"throughput-{name}.jsonl", [{"prompt": p} for p in part])
-    words: list[object] = ["eval", "refusal", "--alpha", "2.5", "--overwrite", "--no-plot"]
-    for name in ("safe", "unsafe"):
-        words += [f"--{name}", options.output / f"throughput-{name}.jsonl"]
-    run = need(call([*words, "--threads", options.threads], options.output / "throughput"))
+    config = MeasureConfig(
+        ModelConfig(threads=options.threads), options={"alpha": 2.5}, plot=False,
+        safe=options.output / "throughput-safe.jsonl",
+        unsafe=options.output / "throughput-unsafe.jsonl",
+    )  # fmt: skip
+    run = need(call(config, options.output / "throughput", overwrite=True))
     own = next(p for p in run["points"] if not p["baseline"])
     return {
         "prompts": count,
@@ -246,7 +268,7 @@ def throughput(options: argparse.Namespace) -> Found:
         "cpu_seconds": round(cpu, 1),
         "run_seconds": run["seconds"],
         "run_tokens": own["quality"]["length"]["value"],
-        "run_command": run["command"],
+        "run_call": run["call"],
     }
 
 
@@ -287,7 +309,7 @@ def say(text: str) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(
-        description="Measure with `trueline eval` and write down what came out.",
+        description="Measure by the library's jobs and write down what came out.",
         epilog=(__doc__ or "").split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
