@@ -65,18 +65,3 @@ def _run(
         for step in steps:
             tokens[tickets[step.ticket]].append(step.token_id)
     return time.process_time() - start, tokens
-
-
-def describe(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [
-        "| method | requests | waiting, tokens/s | refilled, tokens/s | times | same texts |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        speeds = [row[f"{a}_tokens_per_second"] for a in ("when_empty", "each_step")]
-        lines.append(
-            f"| {row['method']} | {row['requests']} | {speeds[0]:.1f} | {speeds[1]:.1f} | "
-            f"{row['times']:.2f} | {row['same_texts']} |"
-        )
-    return "\n".join(lines)

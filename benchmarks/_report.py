@@ -39,7 +39,7 @@ def markdown(found: Found) -> str:
     versions = f"torch {m['torch']}, transformers {m['transformers']}, Python {m['python']}"
     parts = [f"# Decoding speed\n\n{m['cpu']}; {threads}; {versions}; {m['date']}\n"]
     parts += [_decode(found), _self_cd(found), _arithmetic(found), _products(found)]
-    parts += [_prefixes(found), _equal(found), _targets(found)]
+    parts += [_prefixes(found), _refill(found), _equal(found), _targets(found)]
     return "\n".join(part for part in parts if part)
 
 
@@ -70,6 +70,31 @@ def _decode(found: Found) -> str:
             ],
         )
     return text
+
+
+def _refill(found: Found) -> str:
+    rows = found.get("refill")
+    if not rows:
+        return ""
+    text = f"## Places that fill up again, {rows[0]['rows']} rows, answers of unequal length\n\n"
+    text += "The same requests with `when_empty` and with `each_step`; tokens of a CPU second.\n\n"
+    head = ["", "method", "requests", "tokens", "waiting", "refilled", "times", "same texts"]
+    return text + table(
+        head,
+        [
+            [
+                f"{r['model']} {r['dtype']}",
+                r["method"],
+                r["requests"],
+                r["tokens"],
+                f"{r['when_empty_tokens_per_second']:.1f}",
+                f"{r['each_step_tokens_per_second']:.1f}",
+                f"**{r['times']:.2f}**",
+                r["same_texts"],
+            ]
+            for r in rows
+        ],
+    )
 
 
 def _self_cd(found: Found) -> str:

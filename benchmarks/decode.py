@@ -3,6 +3,7 @@
     python benchmarks/decode.py                                  # all of it, about a quarter hour
     python benchmarks/decode.py --quick                          # a minute: small sizes, one repeat
     python benchmarks/decode.py --models 135M --dtypes bfloat16 --output /tmp/decode
+    python benchmarks/decode.py --models 135M --batches --refill 192         # places refilled alone
 
 Markdown goes to stdout, progress to stderr; `--output` also gets decode.json and decode.png.
 `benchmarks/README.md` says how to read it.
@@ -28,6 +29,7 @@ if not __package__:
 from benchmarks import _parts as parts
 from benchmarks._baselines import Clock, Contender, Tokens, generate, guidance, ours, two_caches
 from benchmarks._models import SHAPES, Rivals, bundled_missing, machine, rivals
+from benchmarks._refill import refill
 from benchmarks._report import chart, markdown, targets
 from trueline import LinearAlignment, Plain, SelfCD
 
@@ -154,6 +156,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run all sections and return their rows."""
     found: dict[str, Any] = {"machine": machine(options.threads), "new_tokens": options.new_tokens}
     found |= {"decode": [], "equal": [], "self_cd": [], "products": [], "prefixes": []}
+    found["refill"] = []
     for name in options.models:
         if name == "tiny" and (reason := bundled_missing()):
             say(f"tiny: skipped. {reason}")
@@ -188,9 +191,13 @@ def one_model(found: dict[str, Any], name: str, dtype: str, options: argparse.Na
         rows, checks = race_batch(models, key | {"batch": batch}, options)
         found["decode"] += rows
         found["equal"] += checks if dtype == "float32" else []
-    if name == "0.5B" and not options.all:
-        return
     vocab = models.rival.config.vocab_size
+    if options.refill:
+        say("  places that fill up again")
+        rows = refill(models.packed, make_pairs(vocab, 32), options.refill)
+        found["refill"] += [key | row for row in rows]
+    if (name == "0.5B" and not options.all) or not options.batches:
+        return
     say("  the released Self-CD loop")
     samples, length = (3, 24) if options.quick else (6, parts.LENGTH)
     pair = make_pairs(vocab, 1)[0]
@@ -223,7 +230,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", choices=[*SHAPES, "tiny"], default=["135M", "0.5B", "tiny"])
     add("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"])
-    add("--batches", nargs="+", type=int, choices=[1, 8, 32], default=[1, 8, 32])
+    add("--batches", nargs="*", type=int, choices=[1, 8, 32], default=[1, 8, 32])
+    add("--refill", type=int, metavar="N", help="also N requests of unequal length over 32 places")
     add("--new-tokens", type=int, default=64, help="length that results are stated for (64)")
     add("--repeats", type=int, help="runs of each contender; the default depends on the size")
     add("--threads", type=int, default=1, help="torch threads; above 1 ratios are of wall time")

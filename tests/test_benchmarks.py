@@ -20,10 +20,19 @@ def benchmark(monkeypatch):
 def test_quick_run_writes_the_report(benchmark, monkeypatch, tmp_path, capsys):
     few = {"vocab_size": 2048}
     monkeypatch.setitem(benchmark.SHAPES, "0.5B", benchmark.SHAPES["0.5B"] | few)
-    options = "--models nano --dtypes float32 --batches 1 8 --new-tokens 5 --quick --output"
+    options = (
+        "--models nano --dtypes float32 --batches 1 8 --new-tokens 5 --quick --refill 40 --output"
+    )
     benchmark.main([*options.split(), str(tmp_path)])
     report = capsys.readouterr().out
-    for heading in ("Tokens per second", "Self-CD loop", "Arithmetic", "Equality", "Targets"):
+    for heading in (
+        "Tokens per second",
+        "Self-CD loop",
+        "Arithmetic",
+        "Equality",
+        "Targets",
+        "fill up",
+    ):
         assert heading in report
     found = json.loads((tmp_path / "decode.json").read_text())
     contenders = {row["contender"] for row in found["decode"] if row["batch"] == 1}
@@ -32,6 +41,7 @@ def test_quick_run_writes_the_report(benchmark, monkeypatch, tmp_path, capsys):
     assert len(found["equal"]) == 8
     greedy = next(row for row in found["decode"] if row["contender"] == "generate")
     assert greedy["ratio"] == greedy["step_ratio"] == 1
+    assert [row["same_texts"] for row in found["refill"]] == ["40 of 40"] * 2
     # prompt + 4 steps of a run of 5 tokens
     assert greedy["seconds"] == pytest.approx(greedy["prompt"] + 4 * greedy["step"])
 
