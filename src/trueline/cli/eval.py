@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES
         )
         part.set_defaults(parser=part)
+        part.words = getattr(parser, "words", ())  # a method's own options are among them
         _add_run_options(part)
         if name != "judge":
             _add_data_options(part, name)
