@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from trueline.cli.bars import bar
 from trueline.cli.options import add_method_options, add_model_options, add_sampling_options
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the four measurements with their options."""
     parts = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, summary in PARTS.items():
-        part = parts.add_parser(
+        part: Any = parts.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES
         )
         part.set_defaults(parser=part)

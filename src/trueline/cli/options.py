@@ -153,7 +153,7 @@ def base_kind(kind: Any) -> Any:
 
 
 def _typed(
-    option: Option, numbers: Mapping[type, Callable[[str], Any]], repeated: bool
+    option: Option, numbers: Mapping[type, Callable[[str], Any]], repeated: bool = False
 ) -> dict[str, Any]:
     """Return how argparse reads an option."""
     kind = base_kind(option.kind)
