@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueline.engine.decoding import Decoder
+from trueline.engine.scheduler import Admission
 from trueline.errors import ConfigError, DataError
 from trueline.evals.effects import warning
 from trueline.jobs.row_plan import Plan, PromptFileConfig
@@ -116,11 +117,8 @@ def generate_file(
     model = model or config.model.load()
     about["adapter"] = adapter_settings(config.model.adapter, model.adapter_folders.get("default"))
     settings = _settings(config, plan, content.sha256, about)
-    decoder = Decoder(
-        model,
-        batch_size=config.batch_size,
-        admission="each_step" if config.refill else "when_empty",
-    )
+    admission: Admission = "each_step" if config.refill else "when_empty"
+    decoder = Decoder(model, batch_size=config.batch_size, admission=admission)
     rows, prompts, more = _encoded(plan, decoder, rows)
     bad = sorted([*content.bad, *bad, *more], key=lambda b: b.line)
     _refuse(config, bad)
