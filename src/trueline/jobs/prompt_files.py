@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
 
 
+COUNTED = ("rows", "tokens", "seconds", "tokens_per_second")
+"""What is kept of each session."""
+
+
 @dataclass(frozen=True)
 class FileResults:
     """What a call did."""
@@ -136,8 +140,7 @@ def generate_file(
         new = file.done - run.already
         counts = (len(rows), new, run.tokens, run.seconds, len(bad))
         done = FileResults(str(output), *counts, run.warning)
-        names = ("rows", "tokens", "seconds", "tokens_per_second")
-        file.close({name: done.as_dict()[name] for name in names})
+        file.close({name: done.as_dict()[name] for name in COUNTED})
     return done
 
 

@@ -223,8 +223,10 @@ def teacher_of(method: Method, *, student: str | None = None) -> Teacher:
     return make_teacher(method.name, method_values(method), student=student, cls=own)
 
 
-def asked_teacher(args: InverseQConfig) -> Teacher:
-    """Return the teacher that a trainer's settings ask for."""
+def asked_teacher(args: InverseQConfig, method: Method | None = None) -> Teacher:
+    """Return the teacher that a trainer's settings ask for; a method goes before theirs."""
+    if method is not None:
+        return teacher_of(method, student=args.student)
     return make_teacher(
         args.teacher, args.method_options, principle=args.principle, student=args.student
     )

@@ -47,7 +47,7 @@ from trueline.train.distil.policies import policies, teacher_effect, teacher_war
 from trueline.train.distil.rows import StepSampler, dataset_of
 from trueline.train.distil.sampling import Answers, Samples
 from trueline.train.distil.student import Reference, activation_bytes, evaluating, student_of
-from trueline.train.distil.teachers import asked_teacher, teacher_of
+from trueline.train.distil.teachers import asked_teacher
 from trueline.types import Method
 
 logger = logging.getLogger(__name__)
@@ -125,9 +125,7 @@ class InverseQTrainer(Trainer):
         stream = isinstance(train_dataset, IterableDataset)
         if args.reuse > 1 and stream:
             raise ConfigError("`reuse` above 1 needs a data set with a length. Load it whole.")
-        self.teacher = (
-            asked_teacher(args) if teacher is None else teacher_of(teacher, student=args.student)
-        )
+        self.teacher = asked_teacher(args, teacher)
         self.teacher.check(train_dataset.column_names)
         self.student = student_of(model, processing_class, peft_config, args)
         if stream:
