@@ -2,7 +2,7 @@
 
 Each would import them again, 4 to 6 seconds of a core. `Process` has what tests need of
 `subprocess.Popen`. What is forked has a state of its own, its own files as stdout and stderr, and
-can be killed; the one it comes from computes nothing and has no threads.
+can be killed; the one it comes from computes nothing.
 """
 
 from __future__ import annotations
