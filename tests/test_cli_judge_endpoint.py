@@ -177,7 +177,8 @@ def test_a_sweep_is_judged_by_an_endpoint(server, tmp_path):
     assert 1 < server.most_under_way <= 3
     rows = [json.loads(x) for x in (folder / "responses.jsonl").read_text().splitlines()]
     verdicts = [json.loads(x) for x in (folder / "verdicts.jsonl").read_text().splitlines()]
-    assert len(rows) == len(verdicts) == 3 * 12
+    # Without a text, under two texts without a contrast, and at two strengths.
+    assert len(rows) == len(verdicts) == 5 * 12
     for row, verdict in zip(rows, verdicts, strict=True):
         assert verdict["label"] == ("full" if "cannot" in row["text"] else "complied")
     different = {(row["prompt"], row["text"]) for row in rows}
