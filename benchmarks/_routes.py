@@ -9,19 +9,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def fitted_weights(
+    odds: NDArray[np.float64], unsafe: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], float]:
+    """Return the weights and the bias of a logistic score (Newton, a ridge of 1 on scaled odds)."""
+    mean, scale = odds.mean(0), odds.std(0) + 1e-9
+    x = np.concatenate([(odds - mean) / scale, np.ones((len(odds), 1))], 1)
+    w, y = np.zeros(x.shape[1]), unsafe.astype(float)
+    ridge = np.diag([1.0] * (x.shape[1] - 1) + [0.0])
+    for _ in range(25):
+        p = 1 / (1 + np.exp(-x @ w))
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge + 1e-9 * np.eye(len(w))
+        w = w + np.linalg.solve(hessian, x.T @ (y - p) - ridge @ w)
+    weights = w[:-1] / scale
+    return weights, float(w[-1] - weights @ mean)
+
+
 def fitted_score(
     odds: NDArray[np.float64], unsafe: NDArray[np.bool_], fit: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Return the logistic score of all prompts, fitted by Newton with a ridge of 1 on some."""
-    x = (odds - odds[fit].mean(0)) / (odds[fit].std(0) + 1e-9)
-    x = np.concatenate([x, np.ones((len(x), 1))], 1)
-    w, y = np.zeros(x.shape[1]), unsafe[fit].astype(float)
-    ridge = np.diag([1.0] * (x.shape[1] - 1) + [0.0])
-    for _ in range(25):
-        p = 1 / (1 + np.exp(-x[fit] @ w))
-        hessian = (x[fit] * (p * (1 - p))[:, None]).T @ x[fit] + ridge + 1e-9 * np.eye(len(w))
-        w = w + np.linalg.solve(hessian, x[fit].T @ (y - p) - ridge @ w)
-    score: NDArray[np.float64] = x @ w
+    """Return the score of all prompts, fitted on some."""
+    weights, bias = fitted_weights(odds[fit], unsafe[fit])
+    score: NDArray[np.float64] = odds @ weights + bias
     return score
 
 

@@ -123,6 +123,34 @@ def test_scores_and_routes_by_hand(real):
     assert found["b, from quantile 0.5 on a"] == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_the_gate_by_hand(real):
+    from benchmarks._gate import FirstTokenGate
+
+    gate = FirstTokenGate(("A", "B"), (2.0, -1.0), 0.0, (0,))
+    chat = [{"role": "system", "content": "Own."}, {"role": "user", "content": "x"}]
+    assert [b[0]["content"] for b in gate.prompts(chat)] == ["A", "B"]
+    assert all(b[1:] == chat[1:] for b in gate.prompts(chat))
+    # p(token 0) of 3/4 and 1/2: 2 log 3 - log 1 > 0; turned round: 2 log 1 - log 3 < 0.
+    likely, even = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.5, 0.5]).log()
+    refuses, answers = gate.combine(torch.stack([torch.stack([likely, even]),
+                                                 torch.stack([even, likely])]))  # fmt: skip
+    assert refuses.tolist() == [likely[0], -torch.inf]
+    assert answers.tolist() == [-torch.inf, even[1]]
+
+
+def test_weights_undo_the_scale(real):
+    import numpy as np
+
+    from benchmarks._routes import fitted_weights
+
+    rng = np.random.default_rng(0)
+    odds = rng.normal(size=(4000, 2)) * [1.0, 5.0] + [3.0, -2.0]
+    unsafe = rng.random(4000) < 1 / (1 + np.exp(-(odds @ [1.0, -0.4] - 2.0)))
+    weights, bias = fitted_weights(odds, unsafe)
+    assert weights == pytest.approx([1.0, -0.4], abs=0.1)
+    assert bias == pytest.approx(-2.0, abs=0.3)
+
+
 def test_over_refusal_runs_and_reports(real, monkeypatch, tmp_path, capsys):
     from benchmarks import _real_refusal, _real_world
 
@@ -146,6 +174,7 @@ def test_over_refusal_runs_and_reports(real, monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| default text | " in said
     assert "| Self-CD strict, alpha 2.5 | " in said
+    assert "| first-token gate, fitted to refuse 75 % | " in said
     assert "| all, fitted on XSTest | " in said
     assert said.count("Area on the test sets") == 2
 
