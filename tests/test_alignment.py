@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +115,7 @@ def test_a_project_leaves_a_verdict_an_adapter_and_a_report(project):
     card = (out / "exported" / "README.md").read_text()
     assert "| captain | 0 of 4 | 0 of 4 |" in card
     assert "Verdict: do not ship." in card
+    assert set(found["diagnosis"]) == {"captain", "robot"}
     assert {g["name"] for g in found["guards"]} == {
         *("shared", "cut", "template", "effect", "direction", "judge"),
     }
@@ -255,6 +257,22 @@ def test_a_principle_without_effect_ends_in_a_verdict(tmp_path, monkeypatch, cap
     assert [bool(p["skipped"]) for p in found["principles"]] == [True, True]
     assert found["R"] is None
     assert not (tmp_path / "out" / "exported").exists()
+
+
+def test_a_safety_prompt_that_works_backwards_is_not_taken_away():
+    project = SimpleNamespace(
+        config=SimpleNamespace(principles=(Principle(teacher="self-cd"),)),
+        guards=[], skipped={}, diagnosis={"self-cd": {"self_cd": "backwards"}},
+    )  # fmt: skip
+    start = {"requests": SimpleNamespace(values=lambda name: [1.0, 0.0, None])}
+    align_stages.Project.check_principles(project, start)
+    assert [g.passed for g in project.guards] == [True, False]
+    assert "adds some" in project.skipped["self-cd"]
+    project.diagnosis["self-cd"]["self_cd"] = "takes away"
+    project.guards, project.skipped = [], {}
+    align_stages.Project.check_principles(project, start)
+    assert project.guards[0].value == 0.5
+    assert project.skipped == {}
 
 
 def evidence(start: float, learned: float, end: float, n: int = 100) -> Evidence:

@@ -74,7 +74,10 @@ def sections(
         ("heading", "What got worse"),
         *_worse(kept),
     ]
-    parts += [*_r(kept, run), *_off_path(kept), *_settings(kept, run.folder)]
+    advice = [f"{name}: {line}" for name, d in kept["diagnosis"].items() for line in d["advice"]]
+    parts += [*_r(kept, run), *_off_path(kept)]
+    parts += [("heading", "What the model makes of the prompts"), ("list", advice)]
+    parts += _settings(kept, run.folder)
     parts += [*_curves(kept, run.folder), *_samples(kept), ("heading", "Guards")]
     parts += [("table", guard_table(kept)), ("heading", "What it cost"), *_cost(kept, seconds)]
     return [*parts, ("heading", "Do it again"), ("pre", commands(kept, run))]

@@ -14,18 +14,24 @@ from trueline.jobs import project_prompts as prompts_of
 from trueline.jobs.align_guards import Guard, failed, principle_guards
 from trueline.jobs.align_plan import OTHER, REQUESTS, TRAINING, Plan, finished
 from trueline.jobs.asking import Answers
+from trueline.jobs.diagnosis import DiagnoseConfig, diagnose
 from trueline.jobs.distil_config import DistilConfig
 from trueline.jobs.distillation import distil
 from trueline.jobs.projects import AlignConfig
 from trueline.jobs.sweeps import SweepConfig, sweep
 from trueline.records.disk import replace_file
+from trueline.records.hashes import digest
 from trueline.records.lines import append_row
-from trueline.records.run_folder import RunFolder, read_results
+from trueline.records.manifest import read_json
+from trueline.records.run_folder import RESULTS, RunFolder, read_results
+from trueline.train.distil.stacked import stage_name
 from trueline.types import Progress
 
 if TYPE_CHECKING:
     from trueline.models.load import LanguageModel
 
+DIAGNOSED = 16
+"""Prompts that a diagnosis looks at."""
 LEAST_REFUSED = 0.02
 """Over-refusal below which there is none to take away."""
 FACTS_KEPT, LOOPS = 0.95, 0.05
@@ -42,6 +48,8 @@ class Project(Plan):
         """Of the adapter of each state; the untouched model has none."""
         self.skipped: dict[str, str] = {}
         """Principle -> why it was not trained."""
+        self.diagnosis: dict[str, dict[str, Any]] = {}
+        """Principle -> what a diagnosis of the untouched model advises."""
 
     def model(self, index: int) -> LanguageModel:
         """Return the model in a state."""
@@ -68,6 +76,26 @@ class Project(Plan):
             if name not in (REQUESTS, OTHER)
         }
 
+    def diagnose(self) -> None:
+        """Look at what the untouched model makes of each principle's prompt."""
+        config = self.config
+        for index, principle in enumerate(config.principles):
+            rows = self.validation_rows(principle)
+            asked: dict[str, Any] = {"principles": (principle.text,), "prompts": rows}
+            if principle.goal == "refusal":
+                own = principle.options.get("safety_prompt")
+                asked = {"safety_prompt": own} if own else {}
+                asked |= {k: [r for r in rows if r["safe"] == (k == "safe")]
+                          for k in ("safe", "unsafe")}  # fmt: skip
+            name = f"{stage_name(index, principle.title)}-{digest([self.base, asked])[:8]}"
+            place = self.run.subfolder("diagnosis") / name
+            if not finished(place):
+                limit = max(2, min(DIAGNOSED, config.validation))
+                look = DiagnoseConfig(config.source, limit=limit, seed=config.seed, **asked)
+                diagnose(look, place, model=self.lm, progress=self.progress)
+            kept = read_json(place / RESULTS)
+            self.diagnosis[principle.title] = {k: kept[k] for k in ("advice", "self_cd")}
+
     def check_principles(self, start: Mapping[str, Answers]) -> None:
         """Look at each principle's prompt and judge, and skip what cannot be learned."""
         for principle in self.config.principles:
@@ -82,6 +110,10 @@ class Project(Plan):
                 )  # fmt: skip
                 if not passed:
                     self.skipped[name] = "There is no over-refusal to take away."
+                if self.diagnosis[name]["self_cd"] == "backwards":
+                    says = "The safety prompt lowers refusals here: taking it away adds some."
+                    self.guards.append(Guard("direction", name, -1, "not backwards", False, says))
+                    self.skipped[name] = says
                 continue
             suite = self.suite_of(principle, self.prompts.principles[name].validation,
                                 self.config.validation)  # fmt: skip

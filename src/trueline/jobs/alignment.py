@@ -145,6 +145,7 @@ class _Alignment:
 
         last = measured(0, "the model as it is")
         prompted = project.prompted()
+        project.diagnose()
         project.check_principles(self.states[0])
         for index, principle in enumerate(config.principles, 1):
             name, before = principle.title, project.folders[-1]
@@ -250,6 +251,7 @@ class _Alignment:
             "metric": KIND,
             "model": config.source.identity(project.lm),
             **found.as_dict(),
+            "diagnosis": project.diagnosis,
             "guards": [g.as_dict() for g in project.guards],
             "principles": [self._principle(i, p) for i, p in enumerate(config.principles, 1)],
             "states": states,
