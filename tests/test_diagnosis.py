@@ -269,31 +269,17 @@ class TestWarnings:
         assert warned(lm_tiny, LinearAlignment("Talk like a pirate."), ASKED) is None
         assert warned(lm_tiny, Plain("Talk like a pirate."), ASKED) is None, "one prompt"
 
-    @pytest.mark.parametrize("count", [1, 5])
-    def test_a_text_that_lowers_refusals(self, lm_tiny, count):
-        """Turned round: the model's own text is what makes it refuse, and the text puts it out."""
-        asked = bundled()["safe_triggers"][:count]
+    def test_a_safety_prompt_that_adds_refusals(self, lm_tiny):
+        for count in (1, 5):
+            assert warned(lm_tiny, SelfCD(), bundled()["safe_triggers"][:count]) is None
+            assert warned(lm_tiny, SelfCD(), bundled()["unsafe"][:count]) is None
 
-        class Reversed:
-            name, goal = "reversed", "refusal"
-
-            def prompts(self, messages):
-                return SelfCD().prompts(messages)[::-1]
-
-            def combine(self, logits):
-                return logits[:, 0]
-
-        decoder = Decoder(lm_tiny)
-        assert effects.refusal_odds(decoder, [decoder.encode(asked[0], SelfCD()).branches[1]]) < 0
-        assert warned(lm_tiny, SelfCD(), asked) is None
-        # On requests that its second prompt refuses already there is nothing to add.
-        assert "lowers" not in str(warned(lm_tiny, Reversed(), bundled()["unsafe"][:count]))
-
-    @pytest.mark.parametrize(("shift", "count", "said"), [
-        (-0.6, 2, True), (-0.4, 2, False), (-0.2, 6, True), (0.3, 6, False),
+    @pytest.mark.parametrize(("own", "shift", "count", "said"), [
+        (-1, -0.6, 2, True), (-1, -0.4, 2, False), (-1, -0.2, 6, True), (-1, 0.3, 6, False),
+        (1, -2.0, 2, False), (1, -2.0, 6, False),  # refused without the text already
     ])  # fmt: skip
-    def test_the_borders_of_backwards(self, lm_tiny, monkeypatch, shift, count, said):
-        calls = iter([np.full(count, -1 + shift), np.full(count, -1.0)])
+    def test_the_borders_of_backwards(self, lm_tiny, monkeypatch, own, shift, count, said):
+        calls = iter([np.full(count, own + shift), np.full(count, own)])
         monkeypatch.setattr(effects, "refusal_odds", lambda decoder, prompts: next(calls))
         monkeypatch.setattr(effects, "FAINT", 0.0)
         line = warned(lm_tiny, SelfCD(), bundled()["safe_triggers"][:count])
