@@ -81,8 +81,8 @@ def measure_points(
             "prompts": {"n": len(items), "of": of},
             "points": rows,
         }
-        if line := measuring.warning(own) or backwards(rows):
-            results["warning"] = line
+        if texts is None and (line := measuring.warning(own) or backwards(rows)):
+            results["warning"] = line  # with texts beside it, `effects` says it from the counts
         goal = GOALS.get(metric)
         if floor is not None and goal and goal.needs <= values[own.label].keys():
             if texts is None:
