@@ -193,6 +193,13 @@ def test_no_text_is_asked_twice(tiny):
     ]
 
 
+def test_a_text_in_place_of_another_has_an_effect_too(tiny):
+    fields = {"principle": "Be safe.", "negative": "You are Q.", "guidance": -1.0}
+    own = grid_points(Way("contrast", fields), {"system": ("",)}, SHORT)
+    found = with_texts(tiny, own, [Item("1", "x", "safe")])
+    assert found.effects == [("Be safe.", '"Be safe." alone', '"You are Q." alone')]
+
+
 # What a text does, and what to use
 
 

@@ -231,7 +231,7 @@ def text_points(points: Sequence[Point], default: str | None) -> list[Point]:
 def method_texts(point: Point) -> list[str]:
     """Return the system texts of a point's method in the order of its branches, each once."""
     chat: list[Message] = [{"role": "user", "content": "?"}]
-    heads = [branch[0] for branch in point.make("?").prompts(chat)]
+    heads = [branch[0] for branch in point.make().prompts(chat)]
     return list(dict.fromkeys(m["content"] for m in heads if m["role"] == "system"))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from trueline.evals.choice import Bound, Goal, choose, with_floor
 from trueline.evals.frontier import dominators, frontier, text_effect
 from trueline.evals.items import Item
-from trueline.evals.points import Point, Way, default_label, method_texts, text_points
+from trueline.evals.points import Point, default_label, method_texts, text_points
 from trueline.models.load import LanguageModel
 from trueline.models.prompts import chat_of, default_system
+from trueline.types import Message
 
 AS_PLAIN = Goal(
     "over_refusal", False, (Bound("harmful_refusal", 1.0, at_least=True, of_baseline=True),)
@@ -28,7 +29,7 @@ class Texts:
     points: list[Point]
     """Plain model, system texts, the method's own."""
     effects: list[tuple[str, str, str]] = field(default_factory=list)
-    """(text of the method, label with it, label without it)."""
+    """(text of the method's first branch, label with it, label of the second branch)."""
 
 
 def with_texts(model: LanguageModel, points: Sequence[Point], items: Sequence[Item]) -> Texts:
@@ -36,21 +37,27 @@ def with_texts(model: LanguageModel, points: Sequence[Point], items: Sequence[It
     chats = [chat_of(model, item.chat) for item in items]
 
     def heads(point: Point) -> Heads:
-        placed = (point.placed(chat)[0] for chat in chats)
-        return tuple(m["content"] if m["role"] == "system" else "" for m in placed)
+        return _heads([point.placed(chat) for chat in chats])
 
     plain, own = [p for p in points if p.baseline], [p for p in points if not p.baseline]
     kept: dict[Heads, Point] = {heads(p): p for p in plain or own if p.method == "plain"}
     for point in text_points(own, default_system(model)):
         kept.setdefault(heads(point), point)
-    effects: dict[tuple[str | None, str], tuple[str, str, str]] = {}
-    for p in own if own[0].way.goal == "refusal" else ():
-        bare = Point("", Way("plain"), p.sampling, system=p.system)
-        for text in method_texts(p):
-            with_it, without = (kept[heads(b)].label for b in (replace(bare, added=text), bare))
-            if with_it != without:
-                effects[p.system, text] = (text, with_it, without)
+    effects: dict[tuple[str, str], tuple[str, str, str]] = {}
+    for p in own:
+        method, texts = p.make(), method_texts(p)
+        branches = [method.prompts(p.placed(chat)) for chat in chats]
+        if len(branches[0]) == 2 and texts:
+            pair = [kept.get(_heads(chats)) for chats in zip(*branches, strict=True)]
+            with_it, without = (b.label if b is not None else "" for b in pair)
+            if with_it and without and with_it != without:
+                effects[with_it, without] = (texts[0], with_it, without)
     return Texts([*(p for p in kept.values() if p not in own), *own], list(effects.values()))
+
+
+def _heads(chats: Sequence[Sequence[Message]]) -> Heads:
+    first = (chat[0] for chat in chats)
+    return tuple(m["content"] if m["role"] == "system" else "" for m in first)
 
 
 def refusal_results(
