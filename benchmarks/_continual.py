@@ -154,7 +154,6 @@ class Bench:
             ),
             prompt=PROMPT,
             figures=False,
-            progress=False,
         )
 
 

@@ -7,6 +7,7 @@
 
 linear-alignment   principles with rules over ratio, mask and gate; preferences by likelihood
 inverse-q          distillation against prompting and SFT, off-distribution, rates
+o-lora             the form of the paper on tasks of CL_Benchmark
 speed              generate, guidance_scale, ours; first token; memory
 
 Tasks of most worth come first, over all parts; each is kept when it is done, so that a kill costs
@@ -41,6 +42,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "linear-alignment": ("_real_alignment", "_real_preference"),
     "over-refusal": ("_real_refusal",),
     "inverse-q": ("_real_distil",),
+    "o-lora": ("_real_continual",),
     "speed": ("_real_speed",),
 }
 """Part -> its modules, each with tasks(world, models) and report(world, models)."""
