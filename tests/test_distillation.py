@@ -242,3 +242,8 @@ def test_the_python_of_the_docs_leads_from_a_sentence_to_a_model(tmp_path, monke
     exec(code, {})
     model = trueline.load_model(tmp_path / "pirate-model")
     assert trueline.generate(model, "What is the moon?")[0].text
+    [code] = re.findall(r"```python\n([^`]*PeftModel.*?)```", docs, re.DOTALL)
+    bundled = Path(trueline.__file__).parent / "assets" / "tiny"
+    told: dict = {}
+    exec(code.replace("the/base", str(bundled)), told)
+    assert told["model"].peft_config["default"].r == 16

@@ -130,6 +130,29 @@ def test_a_method_of_ones_own_runs_as_its_page_says(folder, capsys, monkeypatch)
     assert "How far: 0 is the plain model" in capsys.readouterr().out
 
 
+RUN = {
+    "README.md": 2,
+    "docs/methods.md": 2,
+    "docs/serving.md": 1,
+    "docs/speed.md": 2,
+    "docs/training.md": 3,
+}
+"""Blocks of Python that are run: here, in test_distillation, test_o_lora_trainer, test_server."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_block_of_python_is_run_somewhere(page):
+    assert len(blocks(page, "python")) == RUN.get(ids(page), 0)
+
+
+def test_decoding_in_python_runs_as_its_page_says(capsys):
+    for _, code in blocks(ROOT / "docs" / "speed.md", "python"):
+        told: dict = {}
+        exec(compile(code, "speed.md", "exec"), told)
+    assert capsys.readouterr().out.strip()
+    assert len(told["answers"]) == 2
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_every_command_can_be_given(page, folder):
     """Those that a test cannot run, for they need a model or hours, are parsed."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,14 @@ def server(tiny):
 def client(server):
     with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+def test_the_python_of_the_docs_gets_an_answer(server, tiny, capsys):
+    page = (Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code.replace("http://127.0.0.1:8000", server[0]), {})
+    method = LinearAlignment("Talk like a pirate.", ratio=2)
+    assert capsys.readouterr().out.strip() == offline(tiny, method)[0].text.strip()
 
 
 def offline(tiny, method=None, seed=0, **sampling):
