@@ -89,7 +89,7 @@ def test_inspect_names_its_folder_by_what_was_asked(tmp_path, monkeypatch):
 def test_inspect_takes_a_system_message_and_top(tmp_path):
     assert inspect(tmp_path, "--method", "self-cd", "--system", "Be kind.", "--top", "2") == 0
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "Be kind.\n\nYou are a helpful" in page
+    assert "Be kind.\\n\\nYou are a helpful" in page
     assert {len(t.branches[0].alternatives) for t in read_jsonl(tmp_path / "trace.jsonl")} == {2}
 
 

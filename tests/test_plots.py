@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import html
+import base64
+import hashlib
 import io
+import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 
 from trueline import ConfigError
-from trueline.engine import trace_page
 from trueline.engine.trace import Alternative, BranchTrace, Comparison, Recording, TokenTrace
-from trueline.engine.trace_page import draw_trace, render_page
+from trueline.engine.trace_figure import draw_trace
 from trueline.evals.statistics import rate
 from trueline.jobs import demo_figure
 from trueline.jobs.demo_counts import Adherence, Refusal
+from trueline.jobs.inspection import page_data
 from trueline.records import style
+from trueline.records.web_page import standalone
 
 EVIL = "<script>alert('x')</script>\"& $x$ {{ 7 * 7 }}"
 CHOICES = (Alternative(1, EVIL, 0.75), Alternative(2, " b", 0.0001))
@@ -36,105 +38,35 @@ def recording(*tokens: TokenTrace) -> Recording:
     return Recording(list(tokens), "".join(t.text for t in tokens), "stop", comparisons)
 
 
-class Elements(HTMLParser):
-    """What a browser would see: elements with attributes, and the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_nothing_that_a_model_or_user_writes_becomes_markup():
-    page = render_page(recording(token(0, EVIL)), EVIL, [(EVIL, EVIL)])
-    seen = Elements(page)
-    tags = {tag for tag, _ in seen.elements}
-    assert "script" not in tags
-    assert not [a for _, attrs in seen.elements for a in attrs if a.startswith("on")]
-    assert EVIL in seen.text
-    assert "49" not in seen.text
-    assert html.escape("<script>", quote=False) in page
+    said = recording(token(0, EVIL), token(1, "\u2028</script>"))
+    page = standalone(page_data(said, EVIL, [(EVIL, EVIL)]), EVIL)
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<title>&lt;script>alert('x')&lt;/script>\"&amp; $x$" in page
+    held = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert held["question"] == held["settings"][0][1] == held["tokens"][0]["token"] == EVIL
+    assert [own["name"] for own in held["alone"]] == [c.name for c in said.comparisons]
+    assert held["tokens"][1]["token"] == "\u2028</script>"
 
 
-def test_the_page_needs_nothing_from_outside():
-    page = render_page(recording(token(0)), "Why?", [])
-    assert not re.search(r"https?:|url\(|@import|src=|href=", page)
-    assert "default-src 'none'" in page
+def test_the_page_needs_nothing_from_outside_and_runs_its_own_script_alone():
+    page = standalone(page_data(recording(token(0)), "Why?", []), "Why?")
+    links = set(re.findall(r"""(?:https?:|url\(|@import|src=|href=)[^\s"'`]*""", page))
+    assert links <= {"http://www.w3.org/2000/svg", "href=", "src="}
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for tag in ("style", 'script type="module"'):
+        text = re.search(rf"<{tag}>(.*?)</{tag.split()[0]}>", page, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
 
 
-def test_every_token_can_be_focused_and_names_its_details():
-    page = render_page(recording(*(token(i) for i in range(3))), "Why?", [])
-    spans = [a for _, a in Elements(page).elements if "aria-describedby" in a]
-    assert [a["tabindex"] for a in spans] == ["0"] * 3
-    ids = [a["id"] for _, a in Elements(page).elements if a.get("role") == "tooltip"]
-    assert [a["aria-describedby"] for a in spans] == ids
-
-
-def test_flipped_tokens_are_marked_and_coloured_by_kl():
-    page = render_page(recording(token(0, kl=10, flipped=True), token(1, kl=0)), "Why?", [])
-    first, second = (a for _, a in Elements(page).elements if "aria-describedby" in a)
-    assert first["class"].split() == ["t", "flip"]
-    assert second["class"].split() == ["t"]
-    assert first["style"] == "--c0:1.0;--c1:1.0;"
-    assert second["style"] == f"--c0:0.0;--c1:{trace_page.heat(1):.3f};"
-    assert "The method changed 1 of 2 tokens, and moved a token by 5.00 nats in the mean" in page
-
-
-def test_the_answer_reads_as_it_was_written():
-    parts = ["Hello", " wor", "ld,\n\n", "  two"]
-    page = render_page(recording(*(token(i, t) for i, t in enumerate(parts))), "Why?", [])
-    spans = re.findall(r'<span class="t"[^>]*>(.*?)</span>', page, re.DOTALL)
-    assert spans == ["Hello", " wor", "ld,⏎\n⏎\n", "  two"]
-    flow = re.sub(r'<div class="d".*?</div></div></div>', "", page, flags=re.DOTALL)
-    assert "</span><span" in flow
-
-
-def test_a_branch_that_no_longer_runs_is_left_out():
-    last = replace(token(1), branches=token(1).branches[1:])
-    page = render_page(recording(token(0), last), "Why?", [])
-    assert 'style="--c0:0;--c1:' in page
-    details = page.split('role="tooltip"')[2]
-    details = details.split("</div></div></div>")[0]
-    assert "plain prompt, adapter off, alone" in details
-    assert "with “" not in details
-
-
-def test_no_word_needs_the_paper_to_be_read():
-    """What a reader cannot know: indices of branches, "flipped", the formula."""
-    seen = Elements(render_page(recording(token(0, flipped=True), token(1)), "Why?", [])).text
-    for word in ("flipped", "KL(", "‖", "combined", "Branch 0", "branch 0", "Branch 1"):
-        assert word not in seen, word
-    assert "moved" in seen
-
-
-def test_a_template_that_has_its_own_system_text_is_not_without_one():
-    plain = Comparison(0, "Be kind.", True, "one", "stop", "Be kind.")
-    filled = Comparison(1, "You are Qwen.", True, "two", "stop", None, True)
-    page = render_page(replace(recording(token(0)), comparisons=[plain, filled]), "Why?", [])
-    assert "the chat template's own system text" in Elements(page).text
-    assert "no system text" not in page
-
-
-def test_infinite_and_tiny_numbers_are_readable():
-    infinite = replace(token(0), branches=(BranchTrace(0, -float("inf"), float("inf"), 1, ()),) * 2)
-    page = render_page(recording(token(0), infinite), "Why?", [])
-    assert "moved by ∞ nats" in page
-    assert "&lt; 0.1 %" in page
-    assert style.share(0) == "0.0 %"
-
-
-def test_the_scale_is_monotone_and_ends_at_its_last_tick():
-    places = [trace_page.heat(kl) for kl in trace_page.TICKS]
-    assert places == sorted(places)
-    assert (places[0], places[-1]) == (0, 1)
-    assert trace_page.heat(float("inf")) == 1
+def test_numbers_that_are_not_finite_are_words():
+    infinite = replace(token(0), branches=(BranchTrace(0, -float("inf"), float("inf"), 1, ()),))
+    held = page_data(recording(infinite), "Why?", [])
+    assert held["tokens"][0]["branches"][0]["kl"] == "inf"
+    assert standalone(held, "")
 
 
 def test_trace_figure_wraps_rows_and_draws_any_text():

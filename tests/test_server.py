@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -25,8 +27,11 @@ import uvicorn
 from trueline import LinearAlignment, Request, SamplingParams, SelfCD, generate, load_model
 from trueline.engine.torch_backend import TorchBackend
 from trueline.errors import ConfigError, DataError
+from trueline.methods import METHODS
 from trueline.server.app import build_app
 from trueline.server.config import Preset, ServeConfig, read_keys, read_presets
+from trueline.server.pages import describe
+from trueline.settings.options import options_of, ranges_of
 
 MOON = [{"role": "user", "content": "What is the moon?"}]
 PIRATE = {"method": "linear-alignment", "principle": "Talk like a pirate."}
@@ -502,17 +507,108 @@ def test_presets_and_keys_come_from_files(tmp_path, monkeypatch):
             read_keys(path)
 
 
-def test_the_command_serves_and_ends_when_told(adapters):
-    command = [sys.executable, "-m", "trueline", "serve", "--port", "0"]
-    named = [f"--adapter={name}={folder}" for name, folder in adapters.items()]
-    command += named
+@contextlib.contextmanager
+def command(*options):
+    """`trueline serve` as a process of its own; yields its address and itself."""
+    line = [sys.executable, "-m", "trueline", "serve", "--threads", "1", *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
-        address = process.stdout.readline().strip()
+    with subprocess.Popen(line, **pipes) as process:
+        try:
+            yield process.stdout.readline().strip(), process
+        finally:
+            process.kill()
+
+
+HOSTILE = "\x1b[31m\x1b]0;owned\x07 <script>alert(1)</script> \u202e {{ 7 * 7 }} %s $(id) \u2028"
+
+
+def test_the_command_serves_logs_no_text_and_ends_when_told(adapters):
+    named = [f"--adapter={name}={folder}" for name, folder in adapters.items()]
+    with command("--port", 0, *named) as (address, process):
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
             assert [m.id for m in client.models.list()] == ["tiny", "first", "second"]
-            got = client.chat.completions.create(model="second", messages=MOON, max_tokens=5)
+            got = client.chat.completions.create(
+                model="second", messages=[{"role": "user", "content": HOSTILE}], max_tokens=5
+            )
         assert got.usage.completion_tokens
+        wrong = {"model": HOSTILE, "messages": MOON, HOSTILE: 1}
+        for body in (wrong, {"model": HOSTILE, "messages": MOON}):
+            answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+            assert answer.status_code in (400, 404)
+            assert answer.headers["Content-Type"] == "application/json"
+            assert "\x1b" not in answer.text
+        assert httpx.get(f"{address}/<script>%1b[31m").status_code == 404
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as raw:
+            raw.sendall(b"\x1b[31m no http\r\n\r\n")
+            assert b"400" in raw.recv(1000)
         process.terminate()
-        assert "Traceback" not in process.communicate(timeout=30)[1]
+        out, err = process.communicate(timeout=30)
+        for mark in ("\x1b", "script", "owned", "moon", "Traceback"):
+            assert mark not in out + err
     assert process.returncode in (0, -15)
+
+
+def test_who_asks_a_server_that_is_killed_is_told_and_a_new_one_answers(tmp_path, tiny):
+    """kill -9 under load: each client ends with an answer or an error of its connection."""
+    keys = tmp_path / "keys"
+    keys.write_text("abc\n")
+    headers, found = {"Authorization": "Bearer abc"}, []
+    body = {"model": "tiny", "messages": MOON, "temperature": 0, "max_tokens": 64}
+    body |= {"alignment": PIRATE, "stream": True}
+    with command("--port", 0, "--api-keys", keys) as (address, process):
+        begun = threading.Barrier(9)
+
+        def ask():
+            url, pieces = f"{address}/v1/chat/completions", 0
+            try:
+                with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as answer:
+                    for line in answer.iter_lines():
+                        if line.startswith("data: {"):
+                            json.loads(line[6:])
+                        pieces += line.startswith("data: ")
+                        if pieces == 2:
+                            begun.wait(60)
+                found.append("whole")
+            except (httpx.RemoteProtocolError, httpx.ReadError) as error:
+                found.append(type(error).__name__)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        begun.wait(60)
+        process.kill()
+        for thread in threads:
+            thread.join(30)
+        assert len(found) == 8
+        assert "RemoteProtocolError" in found or "ReadError" in found
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/health")
+        port = address.rpartition(":")[2]
+    with command("--port", port, "--api-keys", keys, "--dtype", "float32") as (again, _):
+        assert again == address
+        whole = httpx.post(
+            f"{again}/v1/chat/completions", json=body | {"stream": False}, headers=headers
+        )
+    [own] = offline(tiny, LinearAlignment("Talk like a pirate."))
+    assert whole.json()["choices"][0]["message"]["content"] == own.text
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"blend"}))
+def test_inputs_of_the_page_span_what_a_method_takes(name):
+    """Both ends of every slider are taken, and what lies past a bound of the class is not."""
+    about, cls = describe(name), METHODS[name]
+    given = {"principle": "Be kind."}
+    options = {o.name for o in options_of(cls)}
+    fields = {f["name"]: f for f in about["fields"]}
+    assert set(fields) == {o.name for o in options_of(cls) if o.kind is not bool}
+    for field, limits in ranges_of(cls).items():
+        own = fields[field]
+        held = {k: v for k, v in given.items() if k in options}
+        for end in (own["low"], own["high"]):
+            cls(**held | {field: int(end) if limits.whole else end})
+        for past in (limits.low - 1, limits.high + 1):
+            if math.isfinite(past):
+                with pytest.raises(ConfigError):
+                    cls(**held | {field: past})
+        assert own["default"] is None or own["low"] <= own["default"] <= own["high"]
+        assert own["doc"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,3 +218,24 @@ def test_a_bad_row_is_named(tmp_path, line):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match="nothing.jsonl: cannot be read"):
         read_jsonl(tmp_path / "nothing.jsonl")
+
+
+def test_a_trace_says_what_gate_and_mask_left_out():
+    """Against the equations: w = [max p <= gate]; what the mask leaves out has no mass."""
+    method = LinearAlignment(principle="p", ratio=2, candidates=0.7, gate=0.6)
+    sure, unsure = torch.tensor([3.0, 0, 0, 0]), torch.tensor([1.0, 0.9, 0.2, -3])
+    for z_p, gate in ((sure, 0.0), (unsure, 1.0)):
+        assert (float(z_p.softmax(-1).max()) <= 0.6) == bool(gate)
+        logits = torch.stack([z_p, torch.zeros(4)])
+        step = make_step(0)
+        step = replace(step, logits=logits, combined=method.combine(logits[None])[0])
+        found = trace_step(step, method, str)
+        assert found.gate == gate
+        kept = {a.token_id: a.combined for a in found.branches[0].alternatives}
+        p = step.combined.softmax(-1)
+        assert [kept[i] for i in range(4)] == pytest.approx(p.tolist())
+        assert kept[3] == 0
+    open_method = LinearAlignment(principle="p", damping=1.0)
+    found = trace_step(step, open_method, str)
+    assert found.gate == pytest.approx(1 - float(unsure.softmax(-1).max()))
+    assert trace_step(step, LinearAlignment(principle="p"), str).gate is None

@@ -41,6 +41,7 @@ class Method(Protocol):
         base_branches: tuple[int, ...] = ()  branches that run with the model's adapter off
         combine_at(logits, temperature)      in place of `combine`, where what is added to the
                                              logits does not scale with them
+        openness(logits, temperature)        share of its step that a gate lets through, for traces
     """
 
     name: ClassVar[str]

@@ -55,6 +55,9 @@ class Alternative:
     token_id: int
     token: str
     probability: float
+    combined: float | None = None
+    """Of a branch's token, its probability in the combined distribution; 0 where the method's mask
+    leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class TokenTrace:
     alternatives: tuple[Alternative, ...]
     """The likeliest tokens of the combined distribution; none without mass."""
     branches: tuple[BranchTrace, ...]
+    gate: float | None = None
+    """Share of the method's step that its gate let through, 0 to 1; None without a gate."""
 
     @property
     def kl(self) -> float:
@@ -145,7 +150,7 @@ def trace_step(
             kl=kl_divergence(p, row),
             # TV = 1/2 sum |p - q|
             total_variation=float((p.exp() - row.exp()).abs().sum() / 2),
-            alternatives=_alternatives(row, texts, top),
+            alternatives=_alternatives(row, texts, top, p),
         )
         for name, row in zip(names, q, strict=True)
     )
@@ -162,7 +167,18 @@ def trace_step(
         flipped=int(q[0].argmax()) != step.token_id,
         alternatives=_alternatives(p, texts, top),
         branches=branches,
+        gate=None if alone else _gate(step, method),
     )
+
+
+def _gate(step: Step, method: Method) -> float | None:
+    """Return how far a method's gate is open at a step; None where it has none that acts."""
+    openness = getattr(method, "openness", None)
+    if openness is None or step.logits is None:
+        return None
+    sampling = step.ticket.prompt.sampling
+    found = openness(step.logits[None], 1.0 if sampling.greedy else sampling.temperature)
+    return None if found is None else float(found)
 
 
 def kl_divergence(p: Float[Tensor, " vocab"], q: Float[Tensor, " vocab"]) -> float:
@@ -173,11 +189,15 @@ def kl_divergence(p: Float[Tensor, " vocab"], q: Float[Tensor, " vocab"]) -> flo
 
 
 def _alternatives(
-    logprobs: Float[Tensor, " vocab"], texts: Callable[[int], str], top: int
+    logprobs: Float[Tensor, " vocab"],
+    texts: Callable[[int], str],
+    top: int,
+    combined: Float[Tensor, " vocab"] | None = None,
 ) -> tuple[Alternative, ...]:
     values, ids = logprobs.exp().topk(min(top, logprobs.shape[-1]))
-    found = zip(ids.tolist(), values.tolist(), strict=True)
-    return tuple(Alternative(i, texts(i), p) for i, p in found if p > 0)
+    also = [None] * len(ids) if combined is None else combined[ids].exp().tolist()
+    found = zip(ids.tolist(), values.tolist(), also, strict=True)
+    return tuple(Alternative(i, texts(i), p, c) for i, p, c in found if p > 0)
 
 
 @dataclass(frozen=True)
@@ -295,8 +315,13 @@ def _system(chat: Sequence[Message]) -> str | None:
 def trace_lines(tokens: Iterable[TokenTrace]) -> Iterator[str]:
     """Yield a line of JSON a token; numbers that are not finite become "inf" and "-inf"."""
     for token in tokens:
-        row = _plain(dataclasses.asdict(token))
-        yield json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        yield json.dumps(token_row(token), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def token_row(token: TokenTrace) -> dict[str, Any]:
+    """Return a token's numbers as plain values; what is not finite is "inf" or "-inf"."""
+    row: dict[str, Any] = _plain(dataclasses.asdict(token))
+    return row
 
 
 def write_jsonl(path: str | Path, tokens: Iterable[TokenTrace]) -> None:

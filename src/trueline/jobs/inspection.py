@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trueline.engine.decoding import Decoder
-from trueline.engine.trace import Recording, record, trace_lines
-from trueline.engine.trace_page import draw_trace, render_page
+from trueline.engine.trace import Recording, record, token_row, trace_lines
+from trueline.engine.trace_figure import draw_trace
 from trueline.errors import ConfigError, check_number
 from trueline.methods import Plain, describe_method, method_values
 from trueline.models.load import LanguageModel
@@ -19,6 +20,7 @@ from trueline.records.hashes import digest, versions
 from trueline.records.lines import plain
 from trueline.records.run_folder import RunFolder
 from trueline.records.style import need_matplotlib
+from trueline.records.web_page import standalone
 from trueline.types import (
     Message,
     Method,
@@ -164,10 +166,36 @@ def _write(config: InspectConfig, model: str, recording: Recording, run: RunFold
         recording=recording,
     )
     run.write(ROWS, "".join(trace_lines(tokens)))
-    run.write(PAGE, render_page(recording, config.question, _about(config, model)))
+    page = page_data(recording, config.question, _about(config, model))
+    run.write(PAGE, standalone(page, config.question))
     run.draw(FIGURE, draw_trace(tokens, config.question, names))
     run.finish(found.as_dict())
     return found
+
+
+def page_data(
+    recording: Recording, question: str, settings: Sequence[tuple[str, object]]
+) -> dict[str, Any]:
+    """Return what the page shows of a recorded answer, as plain values."""
+    alone = [
+        {
+            "name": c.name,
+            "system": c.system,
+            "from_template": c.from_template,
+            "text": c.text,
+            "cut": c.finish_reason == "length",
+        }
+        for c in recording.comparisons
+    ]
+    return {
+        "question": question,
+        "settings": [[name, str(value)] for name, value in settings],
+        "names": [c.name for c in recording.comparisons if c.branch is not None],
+        "alone": alone,
+        "text": recording.text,
+        "cut": recording.finish_reason == "length",
+        "tokens": [token_row(token) for token in recording.tokens],
+    }
 
 
 def _about(config: InspectConfig, model: str) -> list[tuple[str, object]]:

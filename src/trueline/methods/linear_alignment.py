@@ -126,12 +126,27 @@ class LinearAlignment:
             # (z_0 + epsilon step) / T, the step that of the logits themselves
             step = dual_direction((z_p - z_0) * temperature, self.norm)
             z = z_0 + self.epsilon / temperature * step
-        # z_p / mask_temperature, of logits that are divided by temperature already
-        seen = z_p if self.mask_temperature is None else z_p * (temperature / self.mask_temperature)
-        if self.gate < 1 or self.damping > 0:
+        share = self.openness(logits, temperature)
+        if share is not None:
             # z_p + w (z* - z_p)
-            z = z_p.lerp(z, openness(seen, self.gate, self.damping))
-        return z if self.candidates == 1 else restrict(z, nucleus(seen, self.candidates))
+            z = z_p.lerp(z, share)
+        if self.candidates == 1:
+            return z
+        return restrict(z, nucleus(self._seen(z_p, temperature), self.candidates))
+
+    def openness(
+        self, logits: Float[Tensor, "batch 2 vocab"], temperature: float = 1.0
+    ) -> Float[Tensor, "batch 1"] | None:
+        """Return the share of the step that the gates let through; None where both are off."""
+        if self.gate == 1 and self.damping == 0:
+            return None
+        return openness(self._seen(logits[:, 0], temperature), self.gate, self.damping)
+
+    def _seen(self, z_p: Float[Tensor, "batch vocab"], temperature: float) -> Tensor:
+        """Return z_p / mask_temperature, of logits that are divided by temperature already."""
+        if self.mask_temperature is None:
+            return z_p
+        return z_p * (temperature / self.mask_temperature)
 
 
 def openness(

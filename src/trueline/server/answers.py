@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import uuid
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trueline.engine.trace import trace_step
+from trueline.engine.trace import token_row, trace_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +79,7 @@ class Answer:
             news["logprobs"] = self._render_logprobs(choice, choice.tokens[-1:])
         if self.traced:
             trace = trace_step(step, self.prompts[prompt].method, self.texts)
-            choice.trace.append(finite(dataclasses.asdict(trace)))
+            choice.trace.append(token_row(trace))
             news["trace"] = choice.trace[-1:]
         if not (step.text or step.finish_reason or self.top is not None or self.traced):
             return None
@@ -158,12 +157,3 @@ class Answer:
             "top_logprobs": [{o["token"]: o["logprob"] for o in t["top_logprobs"]} for t in tokens],
             "text_offset": offsets,
         }
-
-
-def finite(value: Any) -> Any:
-    """Return `value` with floats that JSON does not know as strings."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -182,7 +182,7 @@ def build_app(model: LanguageModel, config: ServeConfig) -> FastAPI:
     app.add_middleware(Guards, config=config)
     _add_errors(app)
     _add_routes(app, server)
-    app.include_router(router(config.method, config.runs))
+    app.include_router(router(config))
     return app
 
 
@@ -223,12 +223,13 @@ def _add_routes(app: FastAPI, server: Server) -> None:
     @app.get("/health", responses={503: wrong[503]})
     async def health() -> Response:
         """Say whether the engine runs."""
-        return Response(status_code=200 if server.engine.alive else 503)
+        alive = server.engine.alive
+        return JSONResponse({"status": "ok" if alive else "ended"}, 200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return the numbers that Prometheus reads."""
-        return Response(server.gauges.page(), media_type="text/plain; version=0.0.4")
+        return Response(server.gauges.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version")
     async def version() -> dict[str, str]:

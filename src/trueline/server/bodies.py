@@ -34,6 +34,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields without a counterpart here, and the values that ask for nothing."""
 
 
+CHAT: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "What is the moon?"}],
+    "max_tokens": 32,
+    "alignment": {"method": "linear-alignment", "principle": "Talk like a pirate."},
+}
+TEXT: dict[str, Any] = {"model": "tiny", "prompt": "The moon is", "max_tokens": 8}
+"""Examples in /docs."""
+
+
 class Part(BaseModel):
     """A part of a message: text."""
 
@@ -116,6 +126,7 @@ class Body(BaseModel):
 class ChatBody(Body):
     """The body of `/v1/chat/completions`."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [CHAT]})
     messages: list[ChatMessage]
     max_completion_tokens: int | None = Field(None, description="New tokens at most.")
     logprobs: bool | None = Field(None, description="Of the distribution that was drawn from.")
@@ -132,6 +143,7 @@ class ChatBody(Body):
 class TextBody(Body):
     """The body of `/v1/completions`: text as it is, with no chat template."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [TEXT]})
     prompt: str | list[str]
     logprobs: int | None = Field(None, ge=0, le=20)
 

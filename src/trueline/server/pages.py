@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import json
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, HTTPException
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from trueline.methods import METHODS
-from trueline.types import Method
+from trueline.methods import METHODS, method_values
+from trueline.records.web_page import FILES, folder
+from trueline.server.run_pictures import found
+from trueline.settings.options import Option, Range, options_of, ranges_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from trueline.server.config import ServeConfig
+    from trueline.types import Method
 
-FILES = {
-    "style.css": "text/css",
-    "main.js": "text/javascript",
-    "api.js": "text/javascript",
-    "strip.js": "text/javascript",
-    "runs.js": "text/javascript",
-}
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
 """Nothing from elsewhere, and no script that stands in a text."""
-RANGES: dict[str, tuple[float, float, float]] = {
-    "ratio": (-1, 6, 0.25),
-    "alpha": (0, 4, 0.25),
-    "guidance": (0, 6, 0.25),
-}
-"""Least, most and step of a slider; numbers between 0 and 1 are what others are."""
 NAMES = {
     "plain": ("The prompt",),
     "linear-alignment": ("With the principle", "Without it"),
@@ -44,20 +31,13 @@ NAMES = {
     "contrast": ("Wanted prompt", "Unwanted prompt"),
 }
 """What the branches of a method are, in plain words."""
-LARGEST = 4_000_000
-"""Bytes of a run's file that the page takes."""
 
 
-def folder() -> Path:
-    """Return where the page's files lie."""
-    return Path(str(resources.files("trueline") / "server" / "page"))
-
-
-def router(default: Method | None, runs: str | Path | None) -> APIRouter:
-    """Return the routes of the page; `runs` is a folder of runs to draw."""
+def router(config: ServeConfig) -> APIRouter:
+    """Return the routes of the page."""
     routes = APIRouter(include_in_schema=False)
     headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-    home = None if runs is None else Path(runs).expanduser().resolve()
+    home = None if config.runs is None else Path(config.runs).expanduser().resolve()
 
     @routes.get("/")
     async def page() -> Response:
@@ -65,9 +45,14 @@ def router(default: Method | None, runs: str | Path | None) -> APIRouter:
 
     @routes.get("/page/methods.json")
     async def methods() -> Response:
-        name = default.name if default is not None else "linear-alignment"
-        about = [describe(method) for method in METHODS if method not in ("contrast", "blend")]
-        return JSONResponse({"default": name, "methods": about, "runs": home is not None})
+        own = config.method
+        about = {
+            "default": own.name if own is not None else "linear-alignment",
+            "allowed": config.allowed,
+            "methods": [describe(name, own) for name in METHODS if name != "blend"],
+            "runs": home is not None,
+        }
+        return JSONResponse(about)
 
     @routes.get("/page/{name}")
     async def file(name: str) -> Response:
@@ -82,87 +67,47 @@ def router(default: Method | None, runs: str | Path | None) -> APIRouter:
     return routes
 
 
-def describe(name: str) -> dict[str, Any]:
-    """Return a method's name, first sentence, branches and fields, for the page."""
-    cls = METHODS[name]
-    fields: list[dict[str, Any]] = []
-    for field in dataclasses.fields(cls):
-        kind = "number" if str(field.type).split(" |")[0] in ("float", "int") else "text"
-        default = None if field.default is dataclasses.MISSING else field.default
-        if kind == "number" and (default is None or field.name == "norm"):
-            continue  # options that replace another one, and go with those
-        low, high, step = RANGES.get(field.name, (0, 1, 0.01) if kind == "number" else (0, 0, 0))
-        if isinstance(default, (int, float)) and default > high:
-            low, high, step = 0, 4 * default, 1
-        fields.append(
-            {"name": field.name, "kind": kind, "default": default}
-            | {"low": low, "high": high, "step": step}
-        )
-    prompt = next((f["default"] for f in fields if str(f["name"]).endswith("prompt")), None)
-    doc = (inspect.getdoc(cls) or "").split(".")[0] + "."
-    names = list(NAMES.get(name, ()))
-    return {"name": name, "about": doc, "branches": names, "prompt": prompt, "fields": fields}
+def describe(name: str, own: Method | None = None) -> dict[str, Any]:
+    """Return a method's name, first sentence, branches and fields, for the page.
 
-
-def found(home: Path) -> list[dict[str, Any]]:
-    """Return what the runs under `home` left, by folder: points, curves or scores.
-
-    Files that are no run's, too large, or links out of the folder are left out.
+    Fields begin at the values of `own`, where that is the method, else at their defaults.
     """
-    runs = []
-    for path in sorted(home.rglob("*.json*")):
-        reader = READERS.get(path.name)
-        inside = path.resolve().is_relative_to(home) and path.is_file()
-        if reader is None or not inside or path.stat().st_size > LARGEST:
-            continue
-        try:
-            content = reader(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        name = path.parent.relative_to(home).as_posix()
-        runs.append({"name": home.name if name == "." else name, **content})
-    return runs
-
-
-def _points(text: str) -> dict[str, Any]:
-    results: Mapping[str, Any] = json.loads(text)
-    points = [
-        {
-            "label": str(point["label"]),
-            "measures": {
-                str(name): {"value": float(m["value"])}
-                for name, m in point["measures"].items()
-                if m.get("value") is not None
-            },
-        }
-        for point in results["points"]
+    cls = METHODS[name]
+    held = method_values(own) if own is not None and own.name == name else {}
+    ranges = ranges_of(cls)
+    fields = [
+        _field(option, held.get(option.name, option.default), ranges.get(option.name))
+        for option in options_of(cls)
+        if option.kind is not bool
     ]
-    recommended = (results.get("recommendation") or {}).get("label")
-    title = str(results["title"])
-    return {"kind": "points", "title": title, "points": points, "recommended": recommended}
+    doc = (inspect.getdoc(cls) or "").split(".")[0] + "."
+    branches = list(NAMES.get(name, ()))
+    return {"name": name, "about": doc, "branches": branches, "fields": fields}
 
 
-def _curves(text: str) -> dict[str, Any]:
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    names = dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, (int, float)))
-    curves = {
-        name: [[row["step"], row[name]] for row in rows if row.get(name) is not None]
-        for name in names
-        if name in SHOWN
+def _field(option: Option, value: Any, limits: Range | None) -> dict[str, Any]:
+    """Return what an input of the page is: a slider, a number that may be absent, or a text."""
+    about: dict[str, Any] = {
+        "name": option.name,
+        "doc": option.doc,
+        "default": None,
+        "kind": "text",
     }
-    if not curves:
-        raise ValueError("no curves")
-    return {"kind": "curves", "title": "Distillation", "curves": curves}
+    if isinstance(value, (str, int, float)):
+        about["default"] = value
+    if limits is None:
+        return about
+    low, high, step = span(value if isinstance(value, (int, float)) else None, limits)
+    about |= {"low": low, "high": high, "step": step}
+    return about | {"kind": "number" if option.default is None else "slider"}
 
 
-def _scores(text: str) -> dict[str, Any]:
-    content = json.loads(text)
-    rows = [[float(v) for v in row] for row in content["R"]]
-    title = "Scores after each task"
-    return {"kind": "scores", "title": title, "tasks": content["tasks"], "R": rows}
+def span(value: float | None, limits: Range) -> tuple[float, float, float]:
+    """Return least, most and step of a slider.
 
-
-SHOWN = ("loss", "kl_to_teacher", "kl_to_reference", "reward", "adherence")
-"""Curves of a distillation that the page draws."""
-READERS = {"results.json": _points, "log.jsonl": _curves, "R.json": _scores}
-"""What a run leaves, and how it is read."""
+    The whole range where it is at most 1 wide, else from -1 (or the least) to three times the
+    value, at least 4: far enough to see a method break.
+    """
+    left, right = max(limits.low, -1.0), min(limits.high, max(4.0, 3 * abs(value or 0)))
+    step = 1.0 if limits.whole else 0.01 if right - left <= 1 else 0.25
+    return left + step * limits.low_open, right, step

@@ -7,8 +7,10 @@ the docstring under each field, read from the source.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import inspect
+import math
 import textwrap
 import typing
 from collections.abc import Hashable
@@ -55,6 +57,38 @@ def options_of(cls: type[Any]) -> list[Option]:
     ]
 
 
+@dataclass(frozen=True)
+class Range:
+    """What a number may be; a bound that is not given is infinite."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    whole: bool = False
+
+
+def ranges_of(cls: type[Any]) -> dict[str, Range]:
+    """Return field -> its range, as `check_number` holds it in the source of `__post_init__`."""
+    names = [field.name for field in dataclasses.fields(Range)]
+    found: dict[str, Range] = {}
+    for c in reversed(cls.__mro__[:-1]):
+        own: Any = vars(c).get("__post_init__")
+        for call in [] if own is None else ast.walk(_tree(own)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "check_number":
+                bounds = {
+                    str(k.arg): eval(ast.unparse(k.value), own.__globals__)
+                    for k in call.keywords
+                    if k.arg in names
+                }
+                if isinstance(call.args[0], ast.Constant):
+                    found[str(call.args[0].value)] = Range(**bounds)
+    return found
+
+
+def _tree(source: Any) -> ast.Module:
+    return ast.parse(textwrap.dedent(inspect.getsource(source)))
+
+
 def _kind(default: Any) -> Any:
     return str if default is REQUIRED or default is None else type(default)
 
@@ -70,7 +104,7 @@ def _field_docs(cls: Hashable) -> dict[str, str]:
     docs: dict[str, str] = {}
     for c in reversed(cls.__mro__[:-1]):
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(c))).body[0]
+            tree = _tree(c).body[0]
         except (OSError, TypeError):  # a class with no source file
             continue
         assert isinstance(tree, ast.ClassDef)

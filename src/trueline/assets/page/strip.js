@@ -45,24 +45,25 @@ export function other(token, against = 0) {
   return branch !== undefined && branch.alternatives[0]?.token_id !== token.token_id;
 }
 
-const percent = (p) => `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`;
-const nats = (kl) => (Number.isFinite(kl) ? kl.toFixed(2) : "infinite");
+const percent = (p) => (p > 0 && p < 0.001 ? "< 0.1 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`);
+const nats = (kl) => (Number.isFinite(kl) ? kl.toFixed(2) : "∞");
 const visible = (text) => text.replace(/\n/g, "⏎").replace(/^ | $/g, "␣") || "∅";
 
 /** The marks of a token in words, for those who do not see colours. */
 export function describe(token, against = 0) {
   const flip = other(token, against) ? ", not what that prompt alone would say" : "";
-  return `${visible(token.token)}: ${MOVED[level(token, against)]} (${nats(distance(token, against))} nats)${flip}`;
+  const shut = token.gate === 0 ? ", left alone by the gate" : "";
+  return `${visible(token.token)}: ${MOVED[level(token, against)]} (${nats(distance(token, against))} nats)${flip}${shut}`;
 }
 
 export class Strip {
   /** names: what each branch is called; force(position, alternative): go on from another token. */
-  constructor(root, { names = [], force = null } = {}) {
-    Object.assign(this, { root, names, force, tokens: [], chosen: null, against: 0, prefix: "" });
+  constructor(root, { names = [], force = null, changed = () => {} } = {}) {
+    Object.assign(this, { root, names, force, changed, tokens: [], chosen: null, wanted: null, against: 0, prefix: "" });
     this.line = make("p", { class: "tokens", "aria-label": "Tokens of the aligned answer" });
-    this.chart = make("div", { class: "chart" });
+    this.chart = make("div", { class: "chart", tabindex: "0", role: "group", "aria-label": "How far each token was moved, as bars" });
     this.detail = make("div", { class: "detail", "aria-live": "polite" });
-    this.select = make("select", { onchange: () => this.compare(Number(this.select.value)) });
+    this.select = make("select", { onchange: () => { this.compare(Number(this.select.value)); this.changed(); } });
     this.against_field = make("label", { class: "against" }, "Marks: how far each token was moved away from the prompt ", this.select);
     root.replaceChildren(this.against_field, this.line, legend(), this.chart, this.detail);
     this.line.addEventListener("keydown", (event) => this.onKey(event));
@@ -75,6 +76,19 @@ export class Strip {
     this.against = Math.max(0, names.length - 1);
     this.select.replaceChildren(...names.map((text, i) => make("option", { value: i, text: text.toLowerCase(), selected: i === this.against })));
     this.against_field.hidden = names.length < 2;
+  }
+
+  /** What is looked at: the prompt compared with, and the token that is chosen. */
+  state() {
+    const found = this.against === Math.max(0, this.names.length - 1) ? {} : { against: this.against };
+    return this.chosen === null ? found : { ...found, token: this.chosen };
+  }
+
+  recall(state) {
+    const against = Number(state.get("against") ?? this.names.length - 1);
+    this.against = Math.min(Math.max(0, against), Math.max(0, this.names.length - 1));
+    this.select.value = this.against;
+    this.wanted = state.has("token") ? Number(state.get("token")) : null;
   }
 
   compare(against) {
@@ -101,7 +115,7 @@ export class Strip {
     const choose = () => this.choose(index);
     const about = describe(token, this.against);
     this.line.append(make("span", {
-      role: "button", class: `token heat-${level(token, this.against)}${other(token, this.against) ? " other" : ""}`,
+      role: "button", class: `token heat-${level(token, this.against)}${other(token, this.against) ? " other" : ""}${token.gate === 0 ? " shut" : ""}`,
       text: token.text || visible(token.token), title: about, "aria-label": about,
       "aria-pressed": "false", "data-index": index, tabindex: index ? "-1" : "0",
       onclick: choose, onmouseenter: choose, onfocus: choose,
@@ -110,6 +124,8 @@ export class Strip {
 
   finish() {
     this.chart.replaceChildren(this.picture());
+    if (this.tokens[this.wanted]) this.choose(this.wanted);
+    this.wanted = null;
   }
 
   onKey(event) {
@@ -135,28 +151,33 @@ export class Strip {
       bar.classList.toggle("chosen", Number(bar.dataset.index) === index);
     }
     this.detail.replaceChildren(...this.explain(index));
+    clearTimeout(this.timer);
+    this.timer = setTimeout(this.changed, 300); // browsers bound how often an address may change
   }
 
   explain(index) {
     const token = this.tokens[index];
-    const combined = new Map(token.alternatives.map((a) => [a.token_id, a.probability]));
     const lists = [
       ["Drawn from", token.alternatives, null],
       ...token.branches.map((b) => [this.names[b.branch] ?? `Prompt ${b.branch + 1}`, b.alternatives, b]),
     ];
     const tables = lists.map(([name, list, branch]) => make("div", {},
       make("h3", { text: branch ? `${name} · ${nats(number(branch.kl))} nats away` : name }),
-      this.table(index, list, branch, combined, name)));
-    return [make("p", { class: "note", text: `Token ${index + 1}: ${describe(token, this.against)}.` }),
-      make("div", { class: "tables" }, ...tables)];
+      this.table(index, list, name)));
+    const notes = [`Token ${index + 1}: ${describe(token, this.against)}.`];
+    const gate = token.gate ?? null;
+    if (gate !== null) notes.push(`The gate let ${percent(gate)} of the step through.`);
+    const out = [...new Set(token.branches.flatMap((b) => b.alternatives).filter((a) => a.combined === 0).map((a) => visible(a.token)))];
+    if (out.length) notes.push(`Left out by the mask: ${out.join("  ")}`);
+    return [...notes.map((text) => make("p", { class: "note", text })), make("div", { class: "tables" }, ...tables)];
   }
 
-  table(index, list, branch, combined, name) {
+  table(index, list, name) {
     const token = this.tokens[index];
     const rows = list.map((a) => {
       const chosen = a.token_id === token.token_id;
       const text = visible(a.token);
-      const left = branch && !combined.has(a.token_id) ? " (left out)" : "";
+      const left = a.combined === 0 ? " (left out)" : "";
       const cell = this.force
         ? make("button", { type: "button", text, title: "Go on from this token",
           "aria-label": `Go on from ${text}`, onclick: () => this.force(index, a) })
@@ -171,23 +192,27 @@ export class Strip {
       make("tbody", {}, ...rows));
   }
 
-  /** Bars of KL, one a token. */
+  /** Bars of KL, one a token, with the tokens below. */
   picture() {
     const kls = this.tokens.map((t) => Math.min(distance(t, this.against), 20));
-    const width = Math.max(320, kls.length * 12 + 60), height = 100;
+    const step = 16, width = Math.max(320, kls.length * step + 60), height = 170;
     const top = Math.max(1, ...kls);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
+      "font-family": "system-ui, sans-serif",
       "aria-label": `How far each of ${kls.length} tokens was moved, in nats; at most ${top.toFixed(1)}` });
-    svg.append(draw("line", { class: "axis", x1: 40, x2: width, y1: 90, y2: 90, stroke: "#888" }));
-    svg.append(draw("text", { x: 0, y: 18, "font-size": 12 }, `${top.toFixed(1)}`));
-    svg.append(draw("text", { x: 0, y: 94, "font-size": 12 }, "0 nats"));
+    svg.append(draw("line", { class: "axis", x1: 44, x2: width, y1: 90, y2: 90, stroke: "#888" }));
+    svg.append(draw("text", { x: 0, y: 18, "font-size": 12, fill: "#777" }, `${top.toFixed(1)}`));
+    svg.append(draw("text", { x: 0, y: 94, "font-size": 12, fill: "#777" }, "0 nats"));
     kls.forEach((kl, i) => {
-      const size = (80 * kl) / top;
-      const bar = draw("rect", { class: "bar", x: 44 + i * 12, y: 90 - size, width: 9,
+      const size = (80 * kl) / top, x = 48 + i * step, token = this.tokens[i];
+      const bar = draw("rect", { class: "bar", x, y: 90 - size, width: 12,
         height: Math.max(size, 0.5), fill: "#d97706", "data-index": i });
-      bar.append(draw("title", {}, describe(this.tokens[i], this.against)));
+      bar.append(draw("title", {}, describe(token, this.against)));
       bar.addEventListener("click", () => this.choose(i));
-      svg.append(bar);
+      const text = visible(token.token);
+      svg.append(bar, draw("text", { x: 0, y: 0, "font-size": 11, fill: "#777",
+        "font-weight": other(token, this.against) ? "bold" : "normal",
+        transform: `translate(${x + 9} 98) rotate(90)` }, text.length > 11 ? `${text.slice(0, 10)}…` : text));
     });
     return svg;
   }
@@ -196,5 +221,6 @@ export class Strip {
 function legend() {
   const marks = MOVED.map((text, i) => make("span", { class: `token heat-${i}`, text }));
   return make("p", { class: "legend" }, ...marks,
-    make("span", { class: "token other", text: "bold: that prompt alone would say something else" }));
+    make("span", { class: "token other", text: "bold: that prompt alone would say something else" }),
+    make("span", { class: "token shut", text: "dashed: left alone by the gate" }));
 }

@@ -1,13 +1,10 @@
-"""The inspect page and the trace figure: what a method changed at every token, to look at.
-
-The page is plain HTML with no script and no outside resource; the figure needs matplotlib.
-"""
+"""The trace figure: what a method changed at every token, to look at; needs matplotlib."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trueline.records.style import (
     BLUE,
@@ -22,7 +19,6 @@ from trueline.records.style import (
     drawable,
     nats,
     need_matplotlib,
-    share,
     shortened,
 )
 
@@ -30,70 +26,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from trueline.engine.trace import Comparison, Recording, TokenTrace
+    from trueline.engine.trace import TokenTrace
 
-TICKS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Numbers in nats on the page's colour scale; the last one has full colour."""
 PER_ROW = 16
-"""Tokens in one row of the trace figure."""
-
-
-def heat(kl: float) -> float:
-    """Return the place of a KL on the colour scale, 0 to 1: log(1 + KL / 0.03), 1 at 10 nats."""
-    return min(1.0, math.log1p(max(kl, 0.0) / 0.03) / math.log1p(TICKS[-1] / 0.03))
-
-
-def render_page(recording: Recording, question: str, settings: Sequence[tuple[str, object]]) -> str:
-    """Return the inspect page as HTML; `settings` are pairs of name and value to show on top."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("trueline", "assets"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["share"] = lambda logprob: share(math.exp(logprob))
-    environment.filters |= {"percent": share, "number": nats, "visible": visible}
-    branches = [c for c in recording.comparisons if c.branch is not None]
-    tokens = recording.tokens
-    return environment.get_template("inspect.html.jinja").render(
-        question=question,
-        settings=settings,
-        tokens=[_token_view(token, branches) for token in tokens],
-        branches=branches,
-        comparisons=recording.comparisons,
-        ticks=[(f"{kl:g}", round(100 * heat(kl), 2)) for kl in TICKS],
-        cut=recording.finish_reason == "length",
-        flips=sum(token.flipped for token in tokens),
-        mean_kl=sum(token.kl for token in tokens) / len(tokens),
-    )
-
-
-def _token_view(token: TokenTrace, branches: Sequence[Comparison]) -> dict[str, Any]:
-    """Return what the page shows of a token; a branch that no longer runs is None."""
-    running = {b.branch: b for b in token.branches}
-    by_branch = [running.get(k) for k in range(len(branches))]
-    columns: list[dict[str, Any]] = [
-        {"label": "under the method", "branch": None, "alternatives": token.alternatives}
-    ]
-    for k, branch in running.items():
-        label, rows = f"{branches[k].name}, alone", branch.alternatives
-        columns.append({"label": label, "branch": branch, "alternatives": rows})
-    return {
-        "text": token.text.replace("\n", "⏎\n"),
-        "token": token.token,
-        "token_id": token.token_id,
-        "logprob": token.logprob,
-        "entropy": token.entropy,
-        "flipped": token.flipped,
-        "branches": token.branches,
-        "by_branch": by_branch,
-        "columns": columns,
-        "first": branches[token.branches[0].branch].name,
-        "heats": [round(heat(b.kl), 3) if b else 0 for b in by_branch],
-    }
+"""Tokens in one row of the figure."""
 
 
 def visible(token: str) -> str:
