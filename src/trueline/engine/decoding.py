@@ -96,11 +96,11 @@ class Decoder:
         method, sampling = request.method or method, request.sampling or sampling
         return self.backend.encode(replace(request, method=method, sampling=sampling))
 
-    def add(self, prompt: Prompt, *, record: bool = False, text: bool = True) -> Ticket:
+    def add(self, prompt: Prompt, *, record: int = 0, text: bool = True) -> Ticket:
         """Take an encoded request in and return what its steps will carry.
 
-        `record` attaches the logits of every step, for traces; `text=False` leaves the steps' text
-        out (but for completions with stop strings).
+        `record` attaches the logits of every n-th step (1: of all), for traces; `text=False` leaves
+        the steps' text out (but for completions with stop strings).
         """
         return self.backend.add(prompt, record=record, text=text)
 

@@ -159,7 +159,7 @@ def choose(model: LanguageModel, drafts: Sequence[Draft], logits: Tensor) -> lis
         extra: dict[str, Any] = {}
         if logprobs is not None:
             extra = {"logprob": logprobs[0][i], "branch_logprob": logprobs[1][i]}
-        if draft.ticket.record:
+        if (every := draft.ticket.record) and len(draft.token_ids) % every == 0:
             extra |= {"logits": z[i].clone(), "combined": combined[i].clone()}
         steps.append(draft.advance(token, model.eos_token_ids, extra))
     return steps

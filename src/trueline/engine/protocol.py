@@ -47,8 +47,8 @@ class Ticket:
     number: int
     """Counts up from 0 with every request that the engine was given."""
     prompt: Prompt = field(repr=False)
-    record: bool = False
-    """Whether its steps carry their logits."""
+    record: int = 0
+    """Its steps at a multiple of this carry their logits: 1 (or True) is all, 0 is none."""
     text: bool = True
     """Whether its steps carry their text (with stop strings they always do)."""
 
@@ -97,7 +97,7 @@ class Backend(Protocol):
     def encode(self, request: Request) -> Prompt:
         """Return a request, its method and sampling given, as token ids; no compute."""
 
-    def add(self, prompt: Prompt, *, record: bool = False, text: bool = True) -> Ticket:
+    def add(self, prompt: Prompt, *, record: int = 0, text: bool = True) -> Ticket:
         """Take a request in; it decodes from one of the next steps on."""
 
     def step(self) -> list[Step]:

@@ -33,7 +33,7 @@ class Scheduler:
         self.running: set[Ticket] = set()
         self._count = 0
 
-    def add(self, prompt: Prompt, record: bool, text: bool) -> Ticket:
+    def add(self, prompt: Prompt, record: int, text: bool) -> Ticket:
         """Put a request at the end of the queue."""
         ticket = Ticket(self._count, prompt, record, text)
         self._count += 1

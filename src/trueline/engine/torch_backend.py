@@ -90,7 +90,7 @@ class TorchBackend:
         prefixes = tuple(map(self._prefix, chats)) if self.share_prefixes else ()
         return Prompt(branches, method, sampling, request.seed, prefixes, adapter)
 
-    def add(self, prompt: Prompt, *, record: bool = False, text: bool = True) -> Ticket:
+    def add(self, prompt: Prompt, *, record: int = 0, text: bool = True) -> Ticket:
         """Take an encoded request in."""
         check_length(self.model, prompt.branches)
         if self.keep_turns:

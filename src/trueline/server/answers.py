@@ -39,7 +39,7 @@ class Answer:
         traced: Whether each token comes with its trace.
         texts: Token id to its text.
         prompts: What was asked, encoded; a text request may hold several.
-        prompt_tokens: Tokens of the caller's own prompts, with no method.
+        prompt_tokens: Counts the tokens of the caller's own prompts, with no method.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Answer:
         traced: bool,
         texts: Callable[[int], str],
         prompts: Sequence[Prompt],
-        prompt_tokens: int,
+        prompt_tokens: Callable[[], int],
     ) -> None:
         self.model, self.chat, self.top, self.traced = model, chat, top, traced
         self.texts, self.prompts, self.prompt_tokens = texts, prompts, prompt_tokens
@@ -114,10 +114,11 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Return token counts: what the caller sees, and the branches' prompts apart."""
+        asked = self.prompt_tokens()
         return {
-            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens": asked,
             "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "total_tokens": asked + self.completion_tokens,
             "branch_prompt_tokens": [len(b) for p in self.prompts for b in p.branches],
         }
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from trueline.server.answers import Answer
 from trueline.server.asks import Ask, UnknownModel, check_size, model_names, read_ask
 from trueline.server.bodies import ChatBody, TextBody, first_error
 from trueline.server.config import ServeConfig
-from trueline.server.engine_thread import Busy, EngineThread, Job
+from trueline.server.engine_thread import Busy, EngineThread, Job, News, tell_all
 from trueline.server.gauges import Gauges
 from trueline.server.guards import Guards, error_object
 from trueline.server.pages import router
@@ -68,7 +68,14 @@ class Server:
         backend = self.chat if chat else self.text
         with self._encoding:
             prompts = [backend.encode(request) for request in ask.requests]
-            plain = [backend.encode(replace(request, method=None)) for request in ask.requests]
+
+        def count() -> int:
+            with self._encoding:
+                return sum(
+                    len(backend.encode(replace(request, method=None)).branches[0])
+                    for request in ask.requests
+                )
+
         check_size([p.branches for p in prompts], prompts[0].sampling.n, self.config)
         return ask, Answer(
             model=ask.model,
@@ -77,45 +84,43 @@ class Server:
             traced=ask.traced,
             texts=self.texts,
             prompts=prompts,
-            prompt_tokens=sum(len(p.branches[0]) for p in plain),
+            prompt_tokens=count,
         )
 
     def begin(self, ask: Ask, answer: Answer) -> tuple[asyncio.Queue[Any], list[Job]]:
         """Hand the prompts to the engine; (prompt, step or error) come through the queue."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        queue = asyncio.Queue[Any]()
 
-        def teller(place: int) -> Any:
-            def tell(news: Step | Exception) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(queue.put_nowait, (place, news))
-
-            return tell
+        def teller(place: int) -> Callable[[Step | Exception], None]:
+            return lambda news: queue.put_nowait((place, news))
 
         tells = [teller(i) for i in range(len(answer.prompts))]
         record = ask.traced or ask.top is not None
         return queue, self.engine.submit(list(answer.prompts), tells, record)
 
-    async def chunks(self, ask: Ask, answer: Answer) -> AsyncIterator[dict[str, Any]]:
-        """Yield the chunks of an answer; whoever stops listening frees its rows.
+    async def chunks(self, ask: Ask, answer: Answer) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield the chunks of an answer, those that are there together; who stops frees its rows.
 
         Raises `TimeoutError` after `config.timeout` seconds, and what the engine says.
         """
         queue, jobs = self.begin(ask, answer)
-        deadline = time.monotonic() + self.config.timeout
+        late = TimeoutError(f"The request took more than {self.config.timeout:g} s.")
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self.config.timeout, queue.put_nowait, (0, late))
         try:
             while not answer.done:
-                try:
-                    left = deadline - time.monotonic()
-                    place, news = await asyncio.wait_for(queue.get(), max(left, 0))
-                except TimeoutError:
-                    seconds = f"{self.config.timeout:g}"
-                    raise TimeoutError(f"The request took more than {seconds} s.") from None
-                if isinstance(news, Exception):
-                    raise news
-                chunk = answer.add(place, news)
-                if chunk is not None:
-                    yield chunk
+                told = [await queue.get()]
+                while not queue.empty():
+                    told.append(queue.get_nowait())
+                chunks: list[dict[str, Any]] = []
+                for place, news in told:
+                    if isinstance(news, Exception):
+                        raise news
+                    chunks += filter(None, [answer.add(place, news)])
+                if chunks:
+                    yield chunks
         finally:
+            timer.cancel()
             if not answer.done:
                 self.engine.cancel(jobs)
 
@@ -142,14 +147,14 @@ class Server:
             await asyncio.gather(gone, done, return_exceptions=True)
 
     async def _events(
-        self, ask: Ask, answer: Answer, first: dict[str, Any], chunks: Any
+        self, ask: Ask, answer: Answer, first: list[dict[str, Any]], chunks: Any
     ) -> AsyncIterator[str]:
         """Yield server-sent events; an error in the middle of a stream is its last event."""
         extra = {"usage": None} if ask.include_usage else {}
         try:
-            yield _event(first | extra)
-            async for chunk in chunks:
-                yield _event(chunk | extra)
+            yield "".join(_event(chunk | extra) for chunk in first)
+            async for some in chunks:
+                yield "".join(_event(chunk | extra) for chunk in some)
             if ask.include_usage:
                 yield _event(answer.usage_chunk())
         except (TruelineError, TimeoutError) as error:
@@ -166,6 +171,13 @@ def build_app(model: LanguageModel, config: ServeConfig) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+
+        def deliver(news: list[News]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(tell_all, news)
+
+        server.engine.deliver = deliver
         server.engine.start()
         yield
         await run_in_threadpool(server.engine.stop)

@@ -1,9 +1,9 @@
 """The engine in a thread of its own: requests join at the next step and leave when they end.
 
 One thread runs the model. Everything else hands it requests and cancellations under one lock, and
-is called back, from that thread, with each step. A request that cannot go on is called back with
-the error instead; an error of the engine itself ends every request and the thread, and the server
-says so in `/health`.
+is told of the steps, all of one turn at once. A request that cannot go on is told the error
+instead; an error of the engine itself ends every request and the thread, and the server says so in
+`/health`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ class Job:
     """Completions that have not ended."""
 
 
+News = tuple[Job, "Step | Exception"]
+"""A step of a job, or why there are no more."""
+
+
+def tell_all(news: list[News]) -> None:
+    """Tell each job its news, here and now."""
+    for job, own in news:
+        job.tell(own)
+
+
 class EngineThread:
     """Runs a scheduler until it is stopped.
 
@@ -56,12 +66,16 @@ class EngineThread:
         max_waiting: Jobs that may wait; one more is refused.
     """
 
+    deliver: Callable[[list[News]], None] = staticmethod(tell_all)
+    """Called from the engine's thread with all news of a step at once."""
+
     def __init__(self, backend: TorchBackend, gauges: Gauges, max_waiting: int) -> None:
         self.backend, self.gauges, self.max_waiting = backend, gauges, max_waiting
         self._changed = threading.Condition()
         self._added: list[Job] = []
         self._cancelled: list[Job] = []
         self._jobs: dict[Ticket | None, Job] = {}
+        self._news: list[News] = []
         self._stopping = False
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="trueline-engine", daemon=True)
@@ -132,8 +146,8 @@ class EngineThread:
                 self._added = added
                 return False
             for job in added:
-                recorded = job.record or len(job.prompt.branches) > 1
-                job.ticket = self.backend.add(job.prompt, record=recorded)
+                every = 1 if job.record else TRACED if len(job.prompt.branches) > 1 else 0
+                job.ticket = self.backend.add(job.prompt, record=every)
                 job.left = job.prompt.sampling.n
                 self._jobs[job.ticket] = job
                 self.gauges.prompt_tokens.inc(sum(map(len, job.prompt.branches)))
@@ -144,13 +158,20 @@ class EngineThread:
             for job in running:
                 del self._jobs[job.ticket]
                 self.gauges.aborted.inc()
-                job.tell(error)
+                self._news.append((job, error))
+            self._deliver()
             return True
         now = time.perf_counter()
         for step in steps:
             self._pass_on(self._jobs[step.ticket], step, now)
+        self._deliver()
         self._show()
         return True
+
+    def _deliver(self) -> None:
+        if self._news:
+            news, self._news = self._news, []
+            self.deliver(news)
 
     @property
     def _waiting(self) -> Any:
@@ -195,7 +216,7 @@ class EngineThread:
             if not job.left:
                 gauges.whole.observe(now - job.born)
                 del self._jobs[job.ticket]
-        job.tell(step)
+        self._news.append((job, step))
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
@@ -204,4 +225,5 @@ class EngineThread:
             self._stopping = True
         for job in jobs:
             self.gauges.aborted.inc()
-            job.tell(error)
+            self._news.append((job, error))
+        self._deliver()

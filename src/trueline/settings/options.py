@@ -40,6 +40,12 @@ class Option:
 
 def option_defaults(cls: type[Any]) -> dict[str, Any]:
     """Return option -> default, `REQUIRED` where there is none; reads no source."""
+    kind: Any = cls
+    return dict(_defaults(kind))
+
+
+@functools.lru_cache(maxsize=256)
+def _defaults(cls: Any) -> dict[str, Any]:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = inspect.signature(cls).parameters.values()
     return {p.name: p.default for p in found if p.kind in named}
