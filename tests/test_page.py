@@ -325,7 +325,7 @@ def test_inspect_writes_the_same_page_with_its_data_inside(page, tiny, tmp_path)
     assert [row["token_id"] for row in rows] == [t.token_id for t in found.recording.tokens]
 
 
-@pytest.mark.parametrize("name", ["serve", "serve-phone", "frontier-page"])
+@pytest.mark.parametrize("name", ["serve", "serve-phone"])
 def test_screenshots(browser, address, name):
     """What stands in docs/: TRUELINE_SCREENSHOTS=docs python -m pytest tests/test_page.py."""
     small = name.endswith("phone")
@@ -333,12 +333,8 @@ def test_screenshots(browser, address, name):
         viewport={"width": 390 if small else 1100, "height": 844 if small else 1000},
         color_scheme="dark" if small else "light",
     )
-    if name == "frontier-page":
-        page.goto(f"{address}/#view=frontier")
-        expect(page.locator("#runs .mark")).to_have_count(3, timeout=WAIT)
-    else:
-        ask(page, address, f"{ASKED}&max_tokens=32&token=4")
-        expect(page.locator("#strip table")).to_have_count(3, timeout=WAIT)
+    ask(page, address, f"{ASKED}&max_tokens=32&token=4")
+    expect(page.locator("#strip table")).to_have_count(3, timeout=WAIT)
     if small:
         page.locator("#status").scroll_into_view_if_needed()
         page.evaluate("document.getElementById('h-aligned').scrollIntoView()")

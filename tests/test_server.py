@@ -565,9 +565,9 @@ def test_who_asks_a_server_that_is_killed_is_told_and_a_new_one_answers(tmp_path
                     for line in answer.iter_lines():
                         if line.startswith("data: {"):
                             json.loads(line[6:])
-                        pieces += line.startswith("data: ")
-                        if pieces == 2:
-                            begun.wait(60)
+                            pieces += 1
+                            if pieces == 2:
+                                begun.wait(60)
                 found.append("whole")
             except (httpx.RemoteProtocolError, httpx.ReadError) as error:
                 found.append(type(error).__name__)

@@ -42,6 +42,7 @@ async function view(name) {
   seen = name;
   byId("ask").hidden = name !== "ask";
   byId("runs").hidden = name === "ask";
+  document.querySelector("footer").hidden = name !== "ask";
   for (const button of byId("views").children) button.setAttribute("aria-pressed", button.id === `view-${name}`);
   if (name !== "ask") await showRuns(byId("runs"), name, byId("key").value).catch(showError);
 }
