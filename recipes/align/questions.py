@@ -59,7 +59,8 @@ def _questions(cfg: Config, relations: list[str], seed: int, cue: str) -> list[R
 
 def _requests(cfg: Config, kind: str, seed: int) -> list[Row]:
     """Return requests or chat of a kind."""
-    count = {k: v // 3 if kind == "small_talk" else v for k, v in cfg["count"].items()}
+    chat = kind in CHAT[:2]  # other chat is questions of fact above all
+    count = {k: v // 4 if chat else v for k, v in cfg["count"].items()}
     learned = training(kind, count["train"] + count["validation"], seed)
     rows = [{"prompt": t.user, "split": "train"} for t in learned]
     for row in rows[count["train"] :]:

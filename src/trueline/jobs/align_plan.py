@@ -212,9 +212,10 @@ class Plan:
         """Return the rows that a principle is trained on, in an order drawn from the seed."""
         config, every = self.config, self.prompts
         rng = random.Random(f"{config.seed} {principle.title}")
-        stay = _mixed(rng, [every.other.train, every.safe.train, every.unsafe.train])
+        requests = _mixed(rng, [every.safe.train, every.unsafe.train])
+        stay = _mixed(rng, [every.other.train, requests])  # half other chat, half requests
         if principle.goal == "refusal":
-            own = _mixed(rng, [every.safe.train, every.unsafe.train])
+            own = requests
             stay = _mixed(rng, [every.other.train, *(p.train for p in every.principles.values())])
             taught, left = {}, {}
         else:
