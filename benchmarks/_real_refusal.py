@@ -193,10 +193,9 @@ def report(world: World, models: Sequence[str]) -> tuple[str, dict[str, Any]]:
     sets["both harmful sets"] = ~fit & unsafe
     contrasts = {k: f for k, f in flags.items() if k not in texts}
     alone = {k: flags[k] for k in texts}
-    areas = {
-        "contrasts": area_of(asked, alone, contrasts),
-        "routing": area_of(asked, alone, routed),
-    }
+    areas = {"routing": area_of(asked, alone, routed)}
+    if contrasts:
+        areas["contrasts and gates"] = area_of(asked, alone, contrasts)
     counts = ", ".join(f"{name} {int(on.sum())}" for name, on in sets.items())
     lines = [
         f"{NAMES[MODEL]}, {len(asked)} prompts ({counts}), greedy, {TOKENS} tokens, `keywords`. "
