@@ -25,7 +25,7 @@ from benchmarks._refusal_sets import (
     prompts,
     settings,
 )
-from benchmarks._routes import fitted_score, ranked, routes
+from benchmarks._routes import fitted_score, form_features, ranked, routes
 from trueline.engine.decoding import Decoder
 from trueline.evals.frontier import Frontier, dominators, frontier
 from trueline.evals.refusal import classify
@@ -203,6 +203,8 @@ def report(world: World, models: Sequence[str]) -> tuple[str, dict[str, Any]]:
         _rates_table(shown, sets, dominators(at)),
         "First token: share of pairs of an unsafe and a safe prompt in the right order (AUC).",
         _looks_table(odds, score, unsafe, fit),
+        "The form of the question alone (first word, length, question mark), fitted on the other "
+        f"blocks' labels: {_form_line(world, blocks)}.",
         *(_area_line(name, own) for name, own in areas.items() if own is not None),
     ]
     numbers = {k: a.as_dict() for k, a in areas.items() if a is not None}
@@ -249,6 +251,17 @@ def _looks_table(
         for label, own in columns.items()
     ]
     return markdown(["what is looked at", "XSTest", "OKTest, harmful sets"], rows)
+
+
+def _form_line(world: World, blocks: int) -> str:
+    """Return how far the form of a question tells the sets' labels, on the first block."""
+    every = [p for b in range(BLOCKS) for p in prompts(world, b)]
+    unsafe = np.array([not p.safe for p in every])
+    xstest = np.array([p.set.startswith("XS") for p in every])
+    held = np.arange(len(every)) < len(prompts(world, 0))
+    score = fitted_score(form_features([p.text for p in every]), unsafe, ~held)
+    shown = (f"{ranked(score, unsafe, held & on):.3f}" for on in (xstest, ~xstest))
+    return "XSTest {}, other sets {}, first block".format(*shown)
 
 
 def _area_line(name: str, areas: Frontier) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,16 @@ def fitted_score(
     weights, bias = fitted_weights(odds[fit], unsafe[fit])
     score: NDArray[np.float64] = odds @ weights + bias
     return score
+
+
+def form_features(texts: Sequence[str], words: int = 25) -> NDArray[np.float64]:
+    """Return what a question looks like: its first word, log length, whether "?" ends it."""
+    first = [text.split()[0].lower() for text in texts]
+    known = [word for word, _ in Counter(first).most_common(words)]
+    return np.array([
+        [*(float(word == k) for k in known), math.log(len(text)), float(text.strip()[-1] == "?")]
+        for word, text in zip(first, texts, strict=True)
+    ])  # fmt: skip
 
 
 def ranked(score: NDArray[np.float64], unsafe: NDArray[np.bool_], on: NDArray[np.bool_]) -> float:
