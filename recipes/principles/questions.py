@@ -29,9 +29,9 @@ def bound_rows(table: Config, cfg: Config, seed: int) -> list[Row]:
     every = [*table["relations"], *cfg["plain"]["relations"]]
     left = [t.user for t in subject(grammar(), rng, every, kept // 2, held_out=False)]
     for i, kind in enumerate(CHAT):
-        share = (kept - len(left) - 1) // (len(CHAT) - i)
-        left += [t.user for t in training(kind, min(share, kept // 6), seed)]
-    rows += [{"prompt": user, "principle": ""} for user in left[:kept]]
+        share = (kept - len(left)) // (len(CHAT) - i)
+        left += [t.user for t in training(kind, share, seed)]
+    rows += [{"prompt": user, "principle": ""} for user in left]
     rng.shuffle(rows)
     return rows
 
