@@ -18,6 +18,10 @@ from trueline.jobs import judgements
 REFUSAL = ("eval", "refusal", "--limit", 6, "--max-new-tokens", 12, "--batch-size", 4)
 
 
+TEXTS = ["helpful text", '"You are a helpful, respectf…" alone']
+"""The system texts beside Self-CD on the bundled model, which has no default text."""
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """The bundled model."""
@@ -60,7 +64,7 @@ def swept(tiny, tmp_path_factory):
 def test_a_sweep_writes_every_point_and_all_that_repeats_it(swept, tiny):
     found = results(swept)
     labels = [p["label"] for p in found["points"]]
-    assert labels == ["plain", "alpha=0", "alpha=1", "alpha=2"]
+    assert labels == ["plain", *TEXTS, "alpha=0", "alpha=1", "alpha=2"]
     for point in found["points"]:
         for name in ("over_refusal", "harmful_refusal"):
             measure = point["measures"][name]
@@ -76,7 +80,7 @@ def test_a_sweep_writes_every_point_and_all_that_repeats_it(swept, tiny):
     assert found["command"].startswith("trueline eval refusal --limit 6")
     assert (swept / "plot.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(x) for x in (swept / "responses.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 * 12
+    assert len(rows) == 6 * 12
     own = [r for r in rows if r["point"] == "alpha=2"]
     wanted = generate(
         tiny, [r["prompt"] for r in own], SelfCD(alpha=2.0), SamplingParams(max_new_tokens=12)
@@ -94,7 +98,7 @@ def test_the_same_command_computes_nothing_again(swept, monkeypatch, capsys):
     before = {p.name: p.read_bytes() for p in swept.iterdir() if p.name != "manifest.json"}
     monkeypatch.setattr(trueline.engine.decoding.Decoder, "run", lambda *a, **o: 1 / 0)
     assert call(*REFUSAL, "--alpha", "0:2:1", "--output", swept) == 0
-    assert "48 responses are there already" in capsys.readouterr().err
+    assert "72 responses are there already" in capsys.readouterr().err
     after = {p.name: p.read_bytes() for p in swept.iterdir() if p.name != "manifest.json"}
     assert {n for n in before if before[n] != after[n]} <= {"plot.png"}
 
@@ -127,7 +131,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, batches):
         lambda *a, **o: seen.append(1) or collect(*a, **o),
     )
     assert call(*command) == 0
-    assert len(seen) == 9 - batches
+    assert len(seen) == 15 - batches
     assert {name: (tmp_path / "run" / name).read_bytes() for name in names} == whole
 
 
@@ -154,7 +158,8 @@ def test_further_values_use_the_responses_that_are_there(swept, tmp_path, monkey
     assert call(*REFUSAL, *options) == 0
     assert len(seen) == 3
     shown = json.loads(capsys.readouterr().out)
-    assert [p["label"] for p in shown["points"]] == ["plain", "alpha=1", "alpha=1.5"]
+    labels = [p["label"] for p in shown["points"]]
+    assert labels == ["plain", *TEXTS, "alpha=1", "alpha=1.5"]
 
 
 def test_prompts_from_files_and_a_given_folder(tmp_path, monkeypatch, capsys):
