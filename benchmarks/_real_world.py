@@ -56,11 +56,16 @@ class World:
 
     def rows(self, *names: str) -> Rows:
         """Return the growing file of these names under the output folder, opened once."""
-        path = self.output.joinpath(*names).with_suffix(".jsonl")
+        path = self._path(names, ".jsonl")
         if path not in self._rows:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._rows[path] = Rows(path)
         return self._rows[path]
+
+    def _path(self, names: Sequence[str], suffix: str) -> Path:
+        """Return a file under the output folder; a dot in a name, as of a rate, is none of it."""
+        *folders, last = names
+        return self.output.joinpath(*folders, last + suffix)
 
     def close(self) -> None:
         """Close the growing files."""
@@ -70,12 +75,12 @@ class World:
 
     def kept(self, *names: str, make: Callable[[], Any] | None = None) -> Any:
         """Return what is in a JSON file under the output folder, made where it is missing."""
-        path = self.output.joinpath(*names).with_suffix(".json")
+        path = self._path(names, ".json")
         if not path.exists():
             if make is None:
                 return None
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
+            part = path.with_name(path.name + ".part")
             part.write_text(json.dumps(make(), indent=1) + "\n", encoding="utf-8")
             os.replace(part, path)
         return json.loads(path.read_text(encoding="utf-8"))

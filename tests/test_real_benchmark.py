@@ -179,6 +179,18 @@ def test_over_refusal_runs_and_reports(real, monkeypatch, tmp_path, capsys):
     assert said.count("Area on the test sets") == 2
 
 
+def test_runs_at_other_rates_are_kept_apart(real, tmp_path):
+    from benchmarks._real_distil import Run
+    from benchmarks._real_world import World
+
+    world = World(tmp_path, tmp_path, tmp_path)
+    names = [Run("smollm2", "sft", "pirate", lr, 64).name for lr in (2e-4, 5e-4)]
+    for i, name in enumerate(names):
+        assert world.kept("inverse-q", name, make=lambda i=i: i) == i
+    assert [world.kept("inverse-q", name) for name in names] == [0, 1]
+    assert world.kept("inverse-q", "none") is None
+
+
 def test_a_killed_run_goes_on(real, monkeypatch, tmp_path, capsys):
     from benchmarks import _real_world
 
