@@ -199,7 +199,7 @@ def test_the_pages_commands_run(line, tiny, endpoint, tmp_path, monkeypatch, cap
         for name in ("frontier", "ada"):
             argv = ["eval", "refusal", "--limit", "2", "--no-plot", "--output", f"runs/{name}"]
             assert trueline(argv) == 0
-    elif " judge --labels" not in line:
+    elif " judge --labels" not in line and " diagnose" not in line:
         line = re.sub(r" --limit \d+", "", line) + " --limit 2 --max-new-tokens 8"
     line = line.replace("http://localhost:8000/v1", endpoint)
     assert trueline(shlex.split(line)[1:]) == 0
