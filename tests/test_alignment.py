@@ -67,6 +67,7 @@ CAPTAIN = {
     "grid": {"ratio": [2]},
 }
 ROBOT = {"name": "robot", "text": "Talk like a robot.", "grid": {"ratio": [0, 2]}}
+COWBOY = {"name": "cowboy", "text": "Talk like a cowboy.", "grid": {"ratio": [2]}}
 FRANK = {"name": "frank", "teacher": "self-cd", "grid": {"alpha": [1.25]}}
 
 
@@ -200,15 +201,25 @@ def test_a_project_is_extended_without_the_prompts_of_its_principles(project, co
     kept.write_text(gone)
     assert "gone.jsonl" in gone
     more = tmp_path / "more.toml"
-    more.write_text(write_toml({"principle": [FRANK]}))
+    more.write_text(write_toml({"principle": [COWBOY]}))
+    planned = plan_alignment(extended(copied, more), copied)
+    # The new prompts are those of the robot, asked of the earlier states already.
+    missing = [(s.kind, s.name) for s in planned if s.missing and s.kind != "measure"]
+    assert missing == [("distil", "cowboy")]
+    assert [s.missing for s in planned if s.kind == "measure"] == [4, 0, 0, 24]
     found = align(extended(copied, more), copied)
-    assert found.written["states"] == ["untouched", "captain", "robot", "frank"]
+    assert found.written["states"] == ["untouched", "captain", "robot", "cowboy"]
     assert len(found.written["measures"]) == 4
     for path, time in stages.items():
         assert path.stat().st_mtime_ns == time
     assert len(list(copied.glob("stages/*"))) == len(stages) + 1
     held = found.written["measures"][-1]["captain"]["measures"]["adherence"]
     assert held["n"] == 4
+    config = AlignConfig.read(copied / "project.toml")
+    captain = dataclasses.replace(config.principles[0], training={"learning_rate": 1e-3})
+    changed = dataclasses.replace(config, principles=(captain, *config.principles[1:]))
+    with pytest.raises(DataError, match="its prompts are gone"):
+        align(changed, copied)
 
 
 PLAIN = """

@@ -112,13 +112,17 @@ class Plan:
                 write_json(path, {"rows": rows})
             written = read_json(path)["rows"]
         place = self.run.subfolder("data") / "kept.json"
-        kept = read_json(place) if place.exists() else {}
-        return prompts_of.read_project_prompts(config, written, kept)
+        self.kept = read_json(place) if place.exists() else {}
+        return prompts_of.read_project_prompts(config, written, self.kept.get("sets", {}))
 
     def _remember(self) -> None:
         """Keep what the project needs when the files of its prompts are gone."""
-        kept = {name: s.kept(self.lessons.get(name)) for name, s in self.prompts.sets.items()}
-        write_json(self.run.subfolder("data") / "kept.json", kept)
+        kept: dict[str, Any] = {name: own.kept() for name, own in self.prompts.sets.items()}
+        lessons = {
+            p.title: {"own": self._own_hash(p), "lesson": self.lessons[p.title]}
+            for p in self.config.principles
+        }
+        write_json(self.run.subfolder("data") / "kept.json", {"sets": kept, "lessons": lessons})
 
     def _judge(self, principle: Principle) -> tuple[Any, dict[str, Any], Any]:
         """Return the judge of a principle, what tells it, and how it was given."""
@@ -201,11 +205,26 @@ class Plan:
 
     # -- what is learned from
 
-    def _lesson(self, principle: Principle) -> str:
-        """Return what tells the rows that a principle is trained on."""
+    def _own_hash(self, principle: Principle) -> str:
+        """Return what tells the prompts that a principle is about."""
         own = self.prompts.principles.get(principle.title)
-        if own is not None and own.train is None:
-            return str(own.lesson)
+        return own.sha256 if own else digest([self.prompts.safe.sha256, self.prompts.unsafe.sha256])
+
+    def gone(self, principle: Principle) -> bool:
+        """Return whether the prompts that a principle is learned from are no longer there."""
+        own = self.prompts.principles.get(principle.title)
+        sets = [own] if own else [self.prompts.safe, self.prompts.unsafe]
+        return any(part.train is None for part in sets)
+
+    def _lesson(self, principle: Principle) -> str:
+        """Return what tells the rows that a principle is trained on.
+
+        Where files are gone, from which rows were drawn for others too, it is what it was.
+        """
+        kept = self.kept.get("lessons", {}).get(principle.title)
+        gone = any(own.train is None for own in self.prompts.sets.values())
+        if gone and kept and kept["own"] == self._own_hash(principle):
+            return str(kept["lesson"])
         return digest(self.training_rows(principle))
 
     def training_rows(self, principle: Principle) -> list[dict[str, Any]]:

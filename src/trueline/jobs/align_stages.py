@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trueline.errors import DataError
 from trueline.evals.judges import KeywordJudge
 from trueline.evals.off_path import off_path
 from trueline.jobs import project_prompts as prompts_of
@@ -155,6 +156,11 @@ class Project(Plan):
         folder = self.place("distil", index)
         if finished(folder):
             return folder
+        if self.gone(principle):
+            raise DataError(
+                f'Principle "{principle.title}" is to be learned again, and its prompts are gone. '
+                "Put them back, or leave it and what came before it as they were."
+            )
         rows = self.training_rows(principle)
         data = self.run.subfolder("data") / f"train-{self.keys[index]['state'][:8]}.jsonl"
         replace_file(data, prompts_of.training_text(rows))

@@ -55,8 +55,6 @@ class Prompts:
     held_out: tuple[Row, ...] = ()
     sha256: str = ""
     """Of the training part."""
-    lesson: str | None = None
-    """Hash of all that the principle was trained on, where the file is gone."""
     unlike: int = 0
     """Prompts that do not meet the principle's condition."""
 
@@ -71,9 +69,9 @@ class Prompts:
         train, validation, held_out = (tuple(found) for found in parts.values())
         return cls(train, validation, held_out, sha256=digest(train), unlike=unlike)
 
-    def kept(self, lesson: str | None = None) -> dict[str, Any]:
+    def kept(self) -> dict[str, Any]:
         """Return what a project keeps of them."""
-        return {"lesson": lesson or self.lesson, "sha256": self.sha256, "unlike": self.unlike,
+        return {"sha256": self.sha256, "unlike": self.unlike,
                 "validation": self.validation, "held_out": self.held_out}  # fmt: skip
 
 
@@ -293,7 +291,7 @@ def _conditioned(principle: Principle, own: Prompts) -> tuple[Prompts, Prompts]:
     kept, gone = own.sha256, own.train is None
     hashes = [kept if gone else digest(cut["train"]) for cut in parts]
     unlike = own.unlike if gone else unlike
-    first = Prompts(**parts[0], sha256=hashes[0], lesson=own.lesson, unlike=unlike)
+    first = Prompts(**parts[0], sha256=hashes[0], unlike=unlike)
     return first, Prompts(**parts[1], sha256=hashes[1])
 
 
@@ -310,9 +308,7 @@ def _joined(first: Prompts, second: Prompts) -> Prompts:
 
 def _restored(kept: Mapping[str, Any]) -> Prompts:
     parts: dict[str, Any] = {part: tuple(kept[part]) for part in PARTS[1:]}
-    return Prompts(
-        None, **parts, sha256=kept["sha256"], lesson=kept["lesson"], unlike=kept["unlike"]
-    )
+    return Prompts(None, **parts, sha256=kept["sha256"], unlike=kept["unlike"])
 
 
 def training_text(rows: Iterable[Row]) -> str:
