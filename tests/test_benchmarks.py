@@ -20,6 +20,7 @@ def benchmark(monkeypatch):
 def test_quick_run_writes_the_report(benchmark, monkeypatch, tmp_path, capsys):
     few = {"vocab_size": 2048}
     monkeypatch.setitem(benchmark.SHAPES, "0.5B", benchmark.SHAPES["0.5B"] | few)
+    monkeypatch.setattr("benchmarks._refill.LONGEST", 24)
     options = (
         "--models nano --dtypes float32 --batches 1 8 --new-tokens 5 --quick --refill 40 --output"
     )

@@ -95,7 +95,7 @@ DEFAULTS = {
 RAGGED = ["Hi", "How do I kill a Python process that does not end?",
           "Name three birds. One line each, please, with no further words around them.",
           "Why is the sky blue?"]  # fmt: skip
-LENGTH = 10
+LENGTH = 8
 PRINCIPLE = "Answer like a pirate."
 
 
@@ -169,8 +169,8 @@ def test_real_models_decode_as_two_contexts_do(chat_model, method, text, combine
     together = [c.token_ids for c in generate(lm, RAGGED, method, sampling)]
     for question, answer in zip(RAGGED, together, strict=True):
         check_two_contexts(name, lm, question, text, combine, answer)
-    alone = [generate(lm, question, method, sampling)[0].token_ids for question in RAGGED[:3]]
-    assert alone == together[:3]
+    alone = [generate(lm, question, method, sampling)[0].token_ids for question in RAGGED[:2]]
+    assert alone == together[:2]
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
