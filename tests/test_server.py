@@ -612,3 +612,11 @@ def test_inputs_of_the_page_span_what_a_method_takes(name):
                     cls(**held | {field: past})
         assert own["default"] is None or own["low"] <= own["default"] <= own["high"]
         assert own["doc"]
+
+
+def test_tokens_are_not_held_back_for_one_another():
+    """asyncio turns Nagle's algorithm off only where it sees that the socket speaks TCP."""
+    from trueline.server.listen import reserve
+
+    with reserve("127.0.0.1", 0) as own:
+        assert own.proto == socket.IPPROTO_TCP

@@ -31,7 +31,8 @@ def reserve(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        own = socket.socket(family, socket.SOCK_STREAM)
+        # With the protocol named asyncio sends every token at once, without Nagle's wait.
+        own = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except OSError as error:
         raise ConfigError(f"Cannot listen at {host}: {error.strerror or error}.") from None
     own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
