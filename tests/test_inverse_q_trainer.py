@@ -540,7 +540,9 @@ def test_gradient_checkpointing_gives_the_same_curve(tmp_path, kind):
             tmp_path, kind, gradient_checkpointing=on, max_steps=3,
             evaluate=lambda model: {"x": len(generate(model, "Hi", sampling=SamplingParams(2)))},
         )  # fmt: skip
-        assert trainer.args.activation_checkpointing is on
+        args = trainer.args  # newer releases renamed it
+        asked = getattr(args, "activation_checkpointing", args.gradient_checkpointing)
+        assert bool(asked) is on
         trainer.train()
         curves.append(steps(trainer, "loss", "kl_to_teacher"))
     torch.testing.assert_close(*map(torch.tensor, curves), atol=1e-5, rtol=1e-4)
