@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import CHATML, byte_tokenizer, random_model
+from transformers import DynamicCache
 
 from trueline import (
     AdaCD,
@@ -59,14 +60,14 @@ def by_hand(lm: LanguageModel, question: str, method, new: int = 12) -> list[int
 def two_contexts(lm: LanguageModel, question: str, method, positions: int) -> list[int]:
     """The method with a cache for each of two prompts, until the longer one is full."""
     feeds = [encode(lm, chat) for chat in method.prompts([{"role": "user", "content": question}])]
-    longest, caches, answer = max(map(len, feeds)), [None, None], []
+    longest, answer = max(map(len, feeds)), []
+    caches = [DynamicCache(config=lm.model.config) for _ in feeds]
     while longest + len(answer) <= positions:
         with torch.no_grad():
             states = [
-                lm.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+                lm.model(torch.tensor([ids]), **{lm.cache_name: cache}, use_cache=True)
                 for ids, cache in zip(feeds, caches, strict=True)
             ]
-        caches = [state.past_key_values for state in states]
         logits = torch.stack([state.logits[0, -1] for state in states])
         answer.append(int(method.combine(logits[None])[0].argmax()))
         feeds = [[answer[-1]]] * 2
