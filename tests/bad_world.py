@@ -199,6 +199,13 @@ def _write(path: Path, content: object) -> None:
     path.write_bytes(content if isinstance(content, bytes) else str(content).encode())
 
 
+def _log_junk(run: Path) -> None:
+    """An unfinished training whose log holds what it did not write."""
+    _json("manifest.json", finished=False)(run)
+    (run / "results.json").unlink()
+    (run / "log.jsonl").write_text("junk\n")
+
+
 def _variant(source: Path, name: str, edit: Callable[[Path], object]) -> None:
     folder = source.parent / name
     shutil.copytree(source, folder)
@@ -395,13 +402,10 @@ def _runs(folder: Path) -> None:
         "manifest_text": _content("manifest.json", b"{"),
         "settings_text": _json("manifest.json", settings="x"),
         "sessions_number": _json("manifest.json", sessions=5),
-        "log_junk": lambda f: (
-            _json("manifest.json", finished=False)(f),
-            (f / "results.json").unlink(),
-            (f / "log.jsonl").write_text("junk\n"),
-        ),
+        "log_junk": _log_junk,
     }.items():
         _variant(distilled, f"d_{name}", edit)
+    _variant(folder / "stacked", "s_log_junk", _log_junk)
     for name, content in {"list": b"[]", "text": b"{", "rows": b"5\n"}.items():
         shutil.copy(folder / "done.jsonl", folder / f"done_{name}.jsonl")
         (folder / f"done_{name}.jsonl.run.json").write_bytes(content)

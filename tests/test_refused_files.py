@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from bad_world import DISTIL, STACK
 
+from trueline.jobs import stacking
+
 GENERATE = ("generate", "--output", "out.jsonl", "--max-new-tokens", "2", "--input")
 TRAIN = (*DISTIL, "--output", "new", "--principle", "X", "--batch-size", "1", "--prompts")
 REFUSAL = ("eval", "refusal", "--no-plot", "--output", "new", "--max-new-tokens", "2")
@@ -216,6 +218,15 @@ def test_a_training_to_go_on_with(refuse):
     argv = (*DISTIL, "--principle", "Be brief.", "--prompts", "in.jsonl", "--steps", "1")
     more = ("--batch-size", "1", "--max-new-tokens", "4", "--resume", "--output", "d_log_junk")
     refuse((*argv, *more), "d_log_junk/log.jsonl:1: not a row of this run")
+
+
+def test_a_stream_to_go_on_with_before_its_model_is_loaded(refuse, monkeypatch):
+    def load(*_args, **_options):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(stacking, "model_factory", load)
+    argv = (*STACK, "--tasks", "s_good.toml", "--rank", "2", "--resume", "--output", "s_log_junk")
+    refuse(argv, "s_log_junk/log.jsonl:1: not a row of this run")
 
 
 CHAT = {

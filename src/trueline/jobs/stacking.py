@@ -37,18 +37,21 @@ from trueline.evals.transfer import summary, trained
 from trueline.jobs.stack_cards import run_card
 from trueline.models.places import BUNDLED
 from trueline.records.hashes import versions
-from trueline.records.lines import plain
-from trueline.records.run_folder import RunFolder
+from trueline.records.lines import LineFile, plain
+from trueline.records.manifest import read_manifest
+from trueline.records.run_folder import MANIFEST, RunFolder
 from trueline.settings.reader import build, check, explain, merge, write_toml
 from trueline.train.chain import Scores, chain, links
 from trueline.train.keep import Keep, find_keep, make_keep
 from trueline.train.tasks.fresh import model_factory
 from trueline.train.tasks.scores import matrices
-from trueline.train.tasks.stages import TaskStages
+from trueline.train.tasks.stages import TaskStages, places
 from trueline.train.tasks.stream_config import StreamConfig
 from trueline.train.tasks.stream_files import read_stream
 from trueline.train.tasks.task_trainer import calm
 from trueline.types import Progress, check_threads
+
+KIND, LOG = "stack", "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ def stack(
     need_matplotlib()
     assert config.tasks is not None
     stream = read_stream(config.tasks, data=config.data)
+    if not overwrite:
+        _check_log(Path(folder))
     if config.threads is not None or config.model in BUNDLED:
         torch.set_num_threads(config.threads or 1)
     with calm():
@@ -221,10 +226,18 @@ def stack(
     return results
 
 
+def _check_log(folder: Path) -> None:
+    """Refuse a log to go on with that no stream wrote, before a model is loaded."""
+    kept = read_manifest(folder / MANIFEST)
+    if kept is not None and kept["settings"].get("kind") == KIND and (folder / LOG).is_file():
+        with contextlib.closing(LineFile(folder / LOG)) as log:
+            places(log)
+
+
 def open_run(stages: TaskStages, name: str, folder: str | Path, **options: Any) -> RunFolder:
     """Return the folder of a run, taken for it; `options` are those of `RunFolder`."""
     settings = {"strategy": {"name": name, **asdict(stages.keep)}, **stages.settings()}
-    run = RunFolder(folder, "stack", settings, **options)
+    run = RunFolder(folder, KIND, settings, **options)
     try:
         run.start({"versions": versions()})
     except BaseException:
@@ -250,7 +263,7 @@ def run_stages(
         figures: Draw after each stage; needs matplotlib.
         after: Called with the results after each stage.
     """
-    stages.log = run.lines("log.jsonl")
+    stages.log = run.lines(LOG)
 
     def write(found: Sequence[Scores]) -> StackResults:
         results = results_of(stages, name, run.folder, found)

@@ -253,18 +253,20 @@ class Log(TrainerCallback):
             self.stages.log.append([plain(row)], sync=False)
 
 
-def _cut(log: LineFile, last: tuple[int, int]) -> None:
-    """Drop the rows after (stage, step), which a resumed run makes again."""
-    end = 0
-    for line, position, row in log.rows():
+def places(log: LineFile) -> list[tuple[tuple[int, int], int]]:
+    """Return ((stage, step), offset of its end) of each row; `DataError` for one of another run."""
+    found = []
+    for line, end, row in log.rows():
         try:
-            place = int(row["stage"]), int(row["step"])
+            found.append(((int(row["stage"]), int(row["step"])), end))
         except (KeyError, TypeError, ValueError):
             raise log.foreign(line) from None
-        if place > last:
-            break
-        end = position
-    log.cut(end)
+    return found
+
+
+def _cut(log: LineFile, last: tuple[int, int]) -> None:
+    """Drop the rows after (stage, step), which a resumed run makes again."""
+    log.cut(max((end for place, end in places(log) if place <= last), default=0))
 
 
 def _check_tasks(tasks: Sequence[Task], config: StreamConfig) -> None:
