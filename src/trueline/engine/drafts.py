@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from trueline.engine.protocol import Step, Ticket
-from trueline.engine.sampling import penalise_repetition, sample, uniforms
+from trueline.engine.sampling import choose_tokens, uniforms
 from trueline.errors import ModelError
 from trueline.models.detokenizer import Detokenizer
 from trueline.models.load import LanguageModel
@@ -17,7 +17,6 @@ from trueline.types import (
     FinishReason,
     Method,
     SamplingParams,
-    combine_at,
     first_tokens,
     rest_branch,
 )
@@ -110,7 +109,7 @@ def groups_of(rows: Rows) -> list[Group]:
         if not draft.runs(branch):
             continue
         prompt = draft.ticket.prompt
-        key = (_identity(prompt.method), len(draft.branches), _choice(prompt.sampling))
+        key = kind_of(prompt.method, prompt.sampling, len(draft.branches))
         group = groups.setdefault(key, Group())
         group.places.setdefault(draft, {})[branch] = row
     for group in groups.values():
@@ -118,6 +117,11 @@ def groups_of(rows: Rows) -> list[Group]:
         # A request that took free places may lie anywhere: its branches are put side by side.
         group.rows = [places[k] for d, places in group.places.items() for k in d.branches]
     return list(groups.values())
+
+
+def kind_of(method: Method, params: SamplingParams, branches: int) -> Hashable:
+    """Return what completions share whose tokens may be chosen together."""
+    return _identity(method), branches, _choice(params)
 
 
 def _identity(method: Method) -> Hashable:
@@ -141,31 +145,31 @@ def choose(model: LanguageModel, drafts: Sequence[Draft], logits: Tensor) -> lis
     prompt = first.ticket.prompt
     params, method = prompt.sampling, prompt.method
     z = logits.view(len(drafts), -1, logits.shape[-1])
-    temperature = 1.0 if params.greedy else params.temperature
-    if temperature != 1:
-        z = z / temperature
-    contrasted = len(first.branches) == len(prompt.branches)
-    combined = combine_at(method, z, temperature) if contrasted else z[:, 0]
-    if params.repetition_penalty != 1:
-        seen = [sorted(draft.seen) for draft in drafts]
-        combined = penalise_repetition(combined.clone(), seen, params.repetition_penalty)
     draws = [draft.draws[len(draft.token_ids)] for draft in drafts if draft.draws is not None]
-    tokens = sample(combined, params, torch.stack(draws) if draws else None)
-    if not combined.gather(-1, tokens[:, None]).isfinite().all():
-        raise ModelError(_not_finite(model, method, bool(z.isfinite().all())))
-    logprobs = _logprobs(combined, z[:, 0], tokens) if params.logprobs else None
+    contrasted = len(first.branches) == len(prompt.branches)
+    choice = choose_tokens(
+        method,
+        params,
+        z,
+        [draft.seen for draft in drafts],
+        torch.stack(draws) if draws else None,
+        contrasted=contrasted,
+    )
+    if not choice.finite.all():
+        raise ModelError(not_finite(model, method, bool(choice.branches.isfinite().all())))
+    logprobs = choice.logprobs() if params.logprobs else None
     steps = []
-    for i, (draft, token) in enumerate(zip(drafts, tokens.tolist(), strict=True)):
+    for i, (draft, token) in enumerate(zip(drafts, choice.tokens.tolist(), strict=True)):
         extra: dict[str, Any] = {}
         if logprobs is not None:
             extra = {"logprob": logprobs[0][i], "branch_logprob": logprobs[1][i]}
         if (every := draft.ticket.record) and len(draft.token_ids) % every == 0:
-            extra |= {"logits": z[i].clone(), "combined": combined[i].clone()}
+            extra |= {"logits": choice.branches[i].clone(), "combined": choice.combined[i].clone()}
         steps.append(draft.advance(token, model.eos_token_ids, extra))
     return steps
 
 
-def _not_finite(model: LanguageModel, method: Method, given: bool) -> str:
+def not_finite(model: LanguageModel, method: Method, given: bool) -> str:
     """Return what to say of logits that are not finite; `given`: those of the branches were."""
     if given:
         return f'Method "{method.name}" made logits that are not finite. Give it less strength.'
@@ -175,11 +179,3 @@ def _not_finite(model: LanguageModel, method: Method, given: bool) -> str:
         own = "weights, or its adapter's," if model.has_adapter else "weights"
         advice = f"Its {own} are broken."
     return f'Model "{model.name}" gave logits that are not finite. {advice}'
-
-
-def _logprobs(combined: Tensor, branch: Tensor, tokens: Tensor) -> tuple[list[float], list[float]]:
-    """Return the tokens' log-probabilities under the combined and the first branch's logits."""
-    index = tokens[:, None]
-    return tuple(  # type: ignore[return-value]
-        (z.gather(-1, index)[:, 0] - z.logsumexp(-1)).tolist() for z in (combined, branch)
-    )

@@ -1,18 +1,20 @@
-"""Sampling: from combined logits to one token a request."""
+"""Sampling: from the branches' logits to one token a completion."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from trueline.methods._ops import nucleus
-from trueline.types import SamplingParams
+from trueline.types import Method, SamplingParams, combine_at
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 
@@ -71,3 +73,55 @@ def sample(
     # A target rounded up to the whole mass falls behind the last token that has any.
     last = logits.shape[-1] - 1 - (logits > -math.inf).flip(-1).int().argmax(-1)
     return torch.minimum(token, last)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The next token of several completions that are chosen in the same way."""
+
+    tokens: Int[Tensor, " batch"]
+    combined: Float[Tensor, "batch vocab"]
+    """Logits that the tokens were drawn from, before top-k, top-p and min-p."""
+    branches: Float[Tensor, "batch branch vocab"]
+    """Logits of the branches after temperature."""
+
+    @property
+    def finite(self) -> Bool[Tensor, " batch"]:
+        """Whether each token has a finite logit."""
+        return self.combined.gather(-1, self.tokens[:, None])[:, 0].isfinite()
+
+    def logprobs(self) -> tuple[list[float], list[float]]:
+        """Return the tokens' log-probabilities, combined and under the first branch alone."""
+        index = self.tokens[:, None]
+        return tuple(  # type: ignore[return-value]
+            (z.gather(-1, index)[:, 0] - z.logsumexp(-1)).tolist()
+            for z in (self.combined, self.branches[:, 0])
+        )
+
+
+def choose_tokens(
+    method: Method,
+    params: SamplingParams,
+    logits: Float[Tensor, "batch branch vocab"],
+    seen: Sequence[Iterable[int]],
+    draws: Float[Tensor, " batch"] | None,
+    *,
+    contrasted: bool,
+) -> Choice:
+    """Choose a token for each completion from the logits of its branches.
+
+    Args:
+        method: Combines the branches.
+        params: How a token is chosen.
+        logits: Of the branches that still run.
+        seen: The tokens that a repetition penalty acts on, for each completion.
+        draws: A number in [0, 1) for each; None where decoding is greedy.
+        contrasted: Whether all branches of the method still run, or its rest branch alone.
+    """
+    temperature = 1.0 if params.greedy else params.temperature
+    z = logits if temperature == 1 else logits / temperature
+    combined = combine_at(method, z, temperature) if contrasted else z[:, 0]
+    if params.repetition_penalty != 1:
+        ids = [sorted(tokens) for tokens in seen]
+        combined = penalise_repetition(combined.clone(), ids, params.repetition_penalty)
+    return Choice(sample(combined, params, draws), combined, z)

@@ -21,15 +21,13 @@ import torch
 from trueline.engine.batch import Batch
 from trueline.engine.cache import PrefixKey, PrefixStore
 from trueline.engine.drafts import Rows, begin, choose, groups_of
+from trueline.engine.encoding import Encoder
 from trueline.engine.protocol import Continuation, Prompt, Step, Ticket
 from trueline.engine.scheduler import Admission, Scheduler
 from trueline.engine.scoring import score
-from trueline.errors import ConfigError, ModelError, suggestion
-from trueline.methods import Plain
-from trueline.models.adapter import BASE
 from trueline.models.load import LanguageModel
-from trueline.models.prompts import chat_of, check_length, encode, system_prefix
-from trueline.types import Message, Method, Request, SamplingParams, base_branches
+from trueline.models.prompts import check_length, system_prefix
+from trueline.types import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +38,7 @@ FEWEST = 4
 """A prefix that fewer requests of a batch share is not computed apart, but where all share it."""
 
 
-class TorchBackend:
+class TorchBackend(Encoder):
     """Decodes on a model of transformers; see `trueline.engine.decoding.Decoder` for the options.
 
     After an error in a step nothing is under way any more: a half-done step leaves no batch.
@@ -62,33 +60,6 @@ class TorchBackend:
         self.batch: Batch | None = None
         self.rows: Rows = []
         self._prefix_of = lru_cache(maxsize=256)(self._find_prefix)
-
-    def supports(self, method: Method) -> bool:
-        """Return whether the model has the adapter that a branch of the method switches off."""
-        return self.model.has_adapter or not base_branches(method)
-
-    def _adapter(self, request: Request, method: Method) -> str:
-        """Return the name of a request's adapter; raises for one that the model lacks."""
-        name = self.model.adapter if request.adapter is None else request.adapter
-        if request.adapter is not None and name not in self.model.adapters:
-            hint = suggestion(name, self.model.adapters)
-            raise ConfigError(f'Model "{self.model.name}" has no adapter "{name}".{hint}')
-        if name == BASE and base_branches(method):
-            raise ModelError(
-                f'Method "{method.name}" switches the adapter off in one branch, but model '
-                f'"{self.model.name}" has no adapter. Pass --adapter FOLDER (`adapter=`).'
-            )
-        return name
-
-    def encode(self, request: Request) -> Prompt:
-        """Return the request as token ids of its branches."""
-        method, sampling = request.method or Plain(), request.sampling or SamplingParams()
-        adapter = self._adapter(request, method)
-        chats = method.prompts(chat_of(self.model, request.messages))
-        branches = [encode(self.model, chat) for chat in chats]
-        check_length(self.model, branches)
-        prefixes = tuple(map(self._prefix, chats)) if self.share_prefixes else ()
-        return Prompt(branches, method, sampling, request.seed, prefixes, adapter)
 
     def add(self, prompt: Prompt, *, record: int = 0, text: bool = True) -> Ticket:
         """Take an encoded request in."""
@@ -173,7 +144,7 @@ class TorchBackend:
         prompts = [ticket.prompt for ticket in begun]
         among = self._store_prefixes(prompts)
         ids = [branch for p in prompts for branch in p.branches]
-        adapters = [self._adapter_of(p, k) for p in prompts for k in range(len(p.branches))]
+        adapters = [self.adapter_of(p, k) for p in prompts for k in range(len(p.branches))]
         batch = Batch(self.model, ids, adapters)
         logits = batch.prefill(self.store, None if self.keep_turns else among)
         rows: Rows = []
@@ -189,8 +160,9 @@ class TorchBackend:
             logits = logits[torch.tensor(select, device=logits.device)]
         return batch, rows, logits
 
-    def _prefix(self, chat: list[Message]) -> tuple[int, ...]:
-        if self.model.raw or chat[0]["role"] != "system":
+    def prefix(self, chat: list[Message]) -> tuple[int, ...]:
+        """Return the leading ids that every chat with the same system message shares."""
+        if not self.share_prefixes or self.model.raw or chat[0]["role"] != "system":
             return ()
         return self._prefix_of(chat[0]["content"])
 
@@ -205,7 +177,7 @@ class TorchBackend:
         """
         counts: Counter[PrefixKey] = Counter()
         for p in prompts:
-            counts.update({(self._adapter_of(p, k), f): 1 for k, f in enumerate(p.prefixes)})
+            counts.update({(self.adapter_of(p, k), f): 1 for k, f in enumerate(p.prefixes)})
         least = min(FEWEST, len(prompts))
         shared = [key for key, n in counts.items() if n >= least and len(key[1]) >= MIN_PREFIX]
         for adapter, prefix in shared:
@@ -225,10 +197,5 @@ class TorchBackend:
             if draft.finish_reason is not None:
                 prompt = draft.ticket.prompt
                 ids = [*prompt.branches[branch], *draft.token_ids[:-1]]
-                self.store.drop_shorter(self._adapter_of(prompt, branch), ids)
-                self.store.put(self._adapter_of(prompt, branch), ids, self.batch.cache, row)
-
-    def _adapter_of(self, prompt: Prompt, branch: int) -> str:
-        """Return the adapter of one branch's rows."""
-        off = branch in base_branches(prompt.method)
-        return BASE if off else prompt.adapter or self.model.adapter
+                self.store.drop_shorter(self.adapter_of(prompt, branch), ids)
+                self.store.put(self.adapter_of(prompt, branch), ids, self.batch.cache, row)
