@@ -103,7 +103,10 @@ def forced_logits(
     if "position_ids" in model.forward_names:
         options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if "logits_to_keep" in model.forward_names:
-        options["logits_to_keep"] = max(map(len, continuations))
+        # By indices: of a slice, which does not lie in one piece, torch makes the product row by
+        # row, each with a copy of the head.
+        kept = max(map(len, continuations))
+        options["logits_to_keep"] = torch.arange(ids.shape[1] - kept, ids.shape[1]).to(ids.device)
     on = [True] * len(fed) if adapters is None else adapters
     options |= model.adapter_options([model.adapter if own else BASE for own in on])
     logits = (forward or model.model)(ids, **options).logits
