@@ -13,7 +13,6 @@ import datetime
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ import torch
 import transformers
 
 from trueline import LanguageModel, TruelineError, load_model
+from trueline.models.device import processor
 from trueline.models.packed import pack_weights
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -130,7 +130,7 @@ def bundled_missing() -> str | None:
 def machine(threads: int) -> dict[str, Any]:
     """Return what the numbers depend on."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "load": round(os.getloadavg()[0], 2),
@@ -139,16 +139,3 @@ def machine(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    numbers = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model\t")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    model = f", model {numbers[0]}" if numbers else ""
-    return f"{names[0] if names else platform.machine()}{model} ({' '.join(extras)})"

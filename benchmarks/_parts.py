@@ -21,7 +21,7 @@ from benchmarks._models import SHAPES, Rivals
 from trueline import Decoder, LanguageModel, LinearAlignment, Method, Plain, SamplingParams, SelfCD
 from trueline.engine.sampling import sample
 from trueline.methods._ops import nucleus
-from trueline.models.packed import ROWS_HINT, can_pack
+from trueline.models.products import can_pack, pack, packed_product, transposed_product
 
 Row = dict[str, Any]
 LENGTH = 200
@@ -138,8 +138,7 @@ def products(name: str, dtype: torch.dtype, row_counts: Sequence[int], seconds: 
         weights = [torch.randn(out, inside, dtype=dtype) for _ in range(count)]
         packed: list[Any] = []
         if can_pack(dtype):
-            pack = torch.ops.mkldnn._reorder_linear_weight
-            packed = [pack(weight, ROWS_HINT) for weight in weights]
+            packed = [pack(weight) for weight in weights]
         for rows in row_counts:
             x = torch.randn(rows, inside, dtype=dtype)
             with torch.inference_mode():
@@ -155,11 +154,10 @@ def _three_ways(
 ) -> dict[str, float]:
     ways: dict[str, Callable[[], object]] = {
         "torch": lambda: [linear(x, w) for w in weights],
-        "transposed": lambda: [torch.mm(w, x.T).T for w in weights],
+        "transposed": lambda: [transposed_product(x, w, None) for w in weights],
     }
     if packed:
-        pointwise = torch.ops.mkldnn._linear_pointwise
-        ways["packed"] = lambda: [pointwise(x, w, None, "none", [], "") for w in packed]
+        ways["packed"] = lambda: [packed_product(x, w, None) for w in packed]
     return {way: best_of(run, seconds) / len(weights) for way, run in ways.items()}
 
 

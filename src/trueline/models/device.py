@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,6 @@ from trueline.types import check_threads
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 100_000_000
 """Models with fewer parameters run fastest on one thread."""
-"""More than any machine has; torch takes what does not fit its integers for an error of its own."""
 
 
 def check_dtype(dtype: str) -> None:
@@ -50,6 +52,22 @@ def native_bfloat16() -> bool:
     probe: Any = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = probe()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@cache
+def processor() -> str:
+    """Return the name of this machine's processor, and which of its instructions matter here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict[str, str]()
+    for name, _, value in (line.partition(":") for line in lines):
+        fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags", "").split()
+    extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    model = f", model {fields['model']}" if "model" in fields else ""
+    return f"{fields.get('model name', platform.machine())}{model} ({' '.join(extras)})"
 
 
 def find_dtype(dtype: str, config: Any, target: torch.device) -> torch.dtype:

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 from trueline.errors import ModelError
 from trueline.models.checkpoint import quiet, reading
 from trueline.models.hub import one_line
-from trueline.records.disk import whole_folder
+from trueline.records.disk import cache_folder, whole_folder
 from trueline.records.hashes import file_hash
 from trueline.types import Progress
 
@@ -59,13 +58,6 @@ SHIPPED = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-
-
-def cache_folder() -> Path:
-    """Return where converted models lie: TRUELINE_CACHE, or the user's folder of caches."""
-    if own := os.environ.get("TRUELINE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trueline"
 
 
 def is_gguf(name: str | Path) -> bool:

@@ -174,8 +174,9 @@ def load_model(
         default_system: See `LanguageModel`.
         revision: A branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint.
-        packed_weights: On a CPU, keep a second copy of the weights that multiplies a few rows up
-            to twice as fast (`trueline.models.packed`). None does so if it takes at most 2 GiB.
+        packed_weights: On a CPU, multiply in the way that is measured to be fastest on this machine
+            (`trueline.models.products`), with a second copy of the weights where that pays. None
+            makes copies only if they take at most 2 GiB; False leaves all to torch.
         progress: Called as progress("loading NAME", 0 or 1, 1), and while a model is fetched.
 
     Raises `ConfigError` for an option that is out of range, `ModelError` for a name without a

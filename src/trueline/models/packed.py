@@ -1,9 +1,11 @@
-"""Faster matrix products for a few rows on a CPU: weights packed once for oneDNN.
+"""Faster matrix products for a few rows on a CPU, in the modules of a model.
 
-torch multiplies with the weights as they lie in memory, which for bfloat16, and for four and more
-float32 rows, leaves half of the processor idle. Branched decoding has exactly such a few rows. The
-same product from weights in oneDNN's own blocked layout is up to twice as fast
-(`benchmarks/decode.py` measures it), at the price of a second copy of the weights.
+Branched decoding multiplies a few rows, for which torch's own product leaves half of many
+processors idle. Each `nn.Linear` here takes the way that was measured to be fastest for its shape
+and row count (`trueline.models.products`); `benchmarks/decode.py` measures what comes of it. Packed
+weights are a second copy, made when they are first needed. The first one costs little memory where
+weights are loaded in the dtype of their file: its pages are the file's, which the system takes back
+when it needs them.
 """
 
 from __future__ import annotations
@@ -15,47 +17,42 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
-ROWS_HINT = 8
-"""The row count oneDNN lays the weights out for; the layout serves all row counts well."""
-MIN_ROWS = {torch.bfloat16: 1, torch.float32: 4}
-"""Fewer rows are faster with torch's own product."""
-MIN_WEIGHTS = {torch.bfloat16: 0, torch.float32: 500_000}
-"""Smaller matrices are faster with torch's own product."""
+from trueline.models.products import (
+    PACKED,
+    RULE,
+    TORCH,
+    Way,
+    fastest,
+    pack,
+    packed_product,
+    transposed_product,
+)
+
+MIN_WEIGHTS = {torch.bfloat16: 0, torch.float32: 100_000}
+"""Smaller matrices are left to torch: nothing is to be had there."""
 MAX_BYTES = 2 << 30
-"""By default a model is packed only if the copies take no more than this."""
-
-
-def can_pack(dtype: torch.dtype) -> bool:
-    """Return whether this processor and build of torch have a packed product in `dtype`."""
-    if dtype not in MIN_ROWS or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""By default no more than this is packed of a model."""
 
 
 def pack_weights(model: nn.Module, *, force: bool = False) -> int:
-    """Give every `nn.Linear` of `model` that gains from it a packed product; return how many.
+    """Give every `nn.Linear` of `model` that may gain from it its fastest product; return how many.
 
-    Nothing is packed if the copies would take more than `MAX_BYTES`, unless `force`. Modules that
+    Nothing is packed if the copies could take more than `MAX_BYTES`, unless `force`. Modules that
     do more than a matrix product (quantised, subclassed) are left alone. The weights stay: saving
     works, training uses torch's own product, and weights changed in place are packed anew.
     """
-    modules = [m for m in model.modules() if type(m) is nn.Linear and _gains(m.weight)]
-    if not force and sum(m.weight.nbytes for m in modules) > MAX_BYTES:
-        return 0
+    modules = [m for m in model.modules() if type(m) is nn.Linear and _may_gain(m.weight)]
+    may_pack = force or sum(m.weight.nbytes for m in modules) <= MAX_BYTES
     for module in modules:
-        module.forward = PackedProduct(module)  # type: ignore[method-assign,assignment]
+        module.forward = FastProduct(module, may_pack)  # type: ignore[method-assign,assignment]
     return len(modules)
 
 
 @contextlib.contextmanager
-def merged_products(model: nn.Module, rows: int | None = None) -> Iterator[int]:
-    """Run each float32 LoRA layer as one product and pack what gains; yield how many changed.
-
-    `rows` is how many will be decoded together: for so few that torch's own product is faster
-    nothing is packed.
+def merged_products(model: nn.Module) -> Iterator[int]:
+    """Run each float32 LoRA layer as one product, as fast as may be; yield how many changed.
 
     For sampling between two steps of training. The weights themselves are not touched, so they are
     bit for bit the same afterwards. Copies last as long as the context, and are not made if they
@@ -64,18 +61,16 @@ def merged_products(model: nn.Module, rows: int | None = None) -> Iterator[int]:
     """
     layers: list[Any] = [m for m in model.modules() if _mergeable(m)]
     inside = {id(layer.base_layer) for layer in layers}
-    linear: list[Any] = [m for m in model.modules() if type(m) is nn.Linear]
-    others = [m for m in linear if id(m) not in inside and "forward" not in vars(m)]
-    few = rows is not None and rows < MIN_ROWS[torch.float32]
-    others = [m for m in others if _gains(m.weight) and not few]
+    linears: list[Any] = [m for m in model.modules() if type(m) is nn.Linear]
+    others = [m for m in linears if id(m) not in inside and "forward" not in vars(m)]
+    others = [m for m in others if _may_gain(m.weight)]
     weights = [layer.base_layer.weight for layer in layers] + [m.weight for m in others]
     changed: list[Any] = [*layers, *others]
     if sum(w.nbytes for w in weights) > MAX_BYTES:
         changed = []
     try:
         for module in changed:
-            packed = type(module) is nn.Linear
-            module.forward = PackedProduct(module) if packed else _merged(module, few)
+            module.forward = FastProduct(module) if type(module) is nn.Linear else _merged(module)
         yield len(changed)
     finally:
         for module in changed:
@@ -91,13 +86,13 @@ def _mergeable(layer: Any) -> bool:
     return (
         type(layer.base_layer) is nn.Linear
         and layer.base_layer.weight.dtype == torch.float32
-        and (own is None or isinstance(own, PackedProduct))
+        and (own is None or isinstance(own, FastProduct))
         and not (layer.merged or layer.disable_adapters or layer.lora_variant)
         and not any(layer.lora_bias.values())
     )
 
 
-def _merged(layer: Any, few: bool) -> Any:
+def _merged(layer: Any) -> Any:
     """Return the product of a LoRA layer, its adapter added to a copy of the weights."""
     base = layer.base_layer
     with torch.no_grad():
@@ -105,52 +100,63 @@ def _merged(layer: Any, few: bool) -> Any:
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
                 weight = weight + layer.get_delta_weight(adapter)
-    if few or not _gains(weight):
-        return lambda x: nn.functional.linear(x, weight, base.bias)
+    if not _may_gain(weight):
+        return lambda x: linear(x, weight, base.bias)
     module = nn.Linear(1, 1, bias=False, device="meta")
     module.weight, module.bias = nn.Parameter(weight, requires_grad=False), base.bias
-    return PackedProduct(module)
+    return FastProduct(module)
 
 
-class PackedProduct:
-    """The forward of one `nn.Linear`, from weights that are packed when they are first needed.
+class FastProduct:
+    """The forward of one `nn.Linear`, in the way that is fastest for the rows it is given.
 
-    Weights changed in place since are packed again. Copies and pickles of the module work: they
-    carry the module, not the packed weights.
+    Packed weights are made when they are first needed, and anew when the weights were changed in
+    place. Copies and pickles of the module work: they carry the module, not the packed weights.
     """
 
-    def __init__(self, module: nn.Linear) -> None:
-        self.module = module
+    def __init__(self, module: nn.Linear, may_pack: bool = True) -> None:
+        self.module, self.may_pack = module, may_pack
+        self.ways: dict[int, Way] = {}
+        """By number of rows, as far as they have come up."""
         self.packed: torch.Tensor | None = None
         self.version = -1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product, packed where that is faster and no gradient is wanted."""
+        """Return the product; torch's own where a gradient is wanted, or dtypes differ."""
         weight, bias = self.module.weight, self.module.bias
-        few = x.numel() < MIN_ROWS.get(weight.dtype, 1 << 30) * x.shape[-1]
-        if few or torch.is_grad_enabled() or x.dtype != weight.dtype or not weight.is_cpu:
-            return nn.functional.linear(x, weight, bias)
+        if torch.is_grad_enabled() or x.dtype != weight.dtype or not weight.is_cpu:
+            return linear(x, weight, bias)
+        rows = x.numel() // weight.shape[1]
+        way = self.ways.get(rows) or self._find(rows)
+        if way == TORCH:
+            return linear(x, weight, bias)
+        if way == PACKED:
+            return packed_product(x, self._packed(weight), bias)
+        return transposed_product(x, weight, bias)
+
+    def _find(self, rows: int) -> Way:
+        weight = self.module.weight
+        way = fastest(weight, rows, may_pack=self.may_pack) if rows else TORCH
+        self.ways[rows] = way
+        return way
+
+    def _packed(self, weight: torch.Tensor) -> torch.Tensor:
         # Tensors of inference mode have no version, and no way to train them.
         version = 0 if weight.is_inference() else weight._version
         if self.packed is None or version != self.version:
-            self.packed, self.version = _pack(weight), version
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+            self.packed, self.version = pack(weight), version
+        return self.packed
 
-    def __deepcopy__(self, memo: dict[int, object]) -> PackedProduct:
-        return PackedProduct(copy.deepcopy(self.module, memo))
+    def __deepcopy__(self, memo: dict[int, object]) -> FastProduct:
+        return FastProduct(copy.deepcopy(self.module, memo), self.may_pack)
 
-    def __reduce__(self) -> tuple[type[PackedProduct], tuple[nn.Linear]]:
-        return PackedProduct, (self.module,)
-
-
-def _pack(weight: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
+    def __reduce__(self) -> tuple[type[FastProduct], tuple[nn.Linear, bool]]:
+        return FastProduct, (self.module, self.may_pack)
 
 
-def _gains(weight: torch.Tensor) -> bool:
+def _may_gain(weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
-        and can_pack(weight.dtype)
+        and weight.dtype in RULE
         and weight.numel() >= MIN_WEIGHTS[weight.dtype]
     )

@@ -50,7 +50,7 @@ class ModelConfig:
     threads: int | None = None
     """CPU threads; None is 1 for small models, else torch's choice."""
     packed_weights: bool = True
-    """CPU: keep a second copy of the weights in a faster layout, where it is faster."""
+    """CPU: take the fastest measured product, with a second copy of the weights where that pays."""
 
     def __post_init__(self) -> None:
         for field in ("name", "adapter", "chat_template"):

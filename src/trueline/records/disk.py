@@ -1,5 +1,6 @@
 """Files written whole, held by one process, and never through a link.
 
+cache_folder   where what can be made again lies
 replace_file   the old content or the new, at every moment
 whole_folder   a folder with all that belongs in it, or none
 open_appended  a regular file to add to
@@ -26,6 +27,13 @@ from trueline.errors import ConfigError
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 FULL = 1 << 20
 """Bytes: a disk with less than this free is taken to be full."""
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again lies: TRUELINE_CACHE, or the user's folder of caches."""
+    if own := os.environ.get("TRUELINE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trueline"
 
 
 def replace_file(path: str | Path, content: str | bytes) -> None:

@@ -283,21 +283,20 @@ class Answers:
             )
         return rows.select(taught) if hasattr(rows, "select") else [rows[i] for i in taught]
 
-    def fast(self, model: Any, rows: int | None = None) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which a model samples so many rows fastest."""
+    def fast(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which a model samples fastest."""
         mixed = self.args.bf16 or self.args.fp16
         if mixed or not self.args.fast_sampling:
             return contextlib.nullcontext()
-        return merged_products(model, rows)
+        return merged_products(model)
 
     def _own(self, lessons: list[Lesson], seeds: list[int]) -> list[list[int]]:
         model = self.student.model
-        with evaluating(model), self.fast(model, len(lessons)):
+        with evaluating(model), self.fast(model):
             return own_answers(self.student, lessons, self.sampling, seeds)
 
     def _teach(self, rows: list[Row], seeds: list[int]) -> Taught:
         lessons = [self.lesson(row) for row in rows]
-        count = sum(len(lesson.branches) for lesson in lessons)
-        with self.reference.opened() as start, self.fast(start.model, count):
+        with self.reference.opened() as start, self.fast(start.model):
             answers = taught_answers(self.teacher, start, lessons, self.sampling, seeds)
         return list(zip(lessons, answers, strict=True))
