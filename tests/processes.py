@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -178,6 +179,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what an import prints is no answer
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()
     for line in sys.stdin:
         answers.write(json.dumps(_answer(json.loads(line), answers)) + "\n")
         answers.flush()
