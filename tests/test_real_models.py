@@ -134,8 +134,9 @@ def check_two_contexts(name, lm, question, text, combine, answer):
     logits = []
     for prompt in (ids_by_hand(name, lm, question, text), ids_by_hand(name, lm, question, None)):
         with torch.no_grad():
-            out = lm.model(input_ids=torch.tensor([[*prompt, *answer[:-1]]]), use_cache=False)
-        logits.append(out.logits[0, len(prompt) - 1 :])
+            ids = torch.tensor([[*prompt, *answer[:-1]]])
+            out = lm.model(input_ids=ids, use_cache=False, logits_to_keep=len(answer))
+        logits.append(out.logits[0])
     for token, z_p, z_0 in zip(answer, *logits, strict=True):
         assert token == int(combine(z_p, z_0).argmax())
 
