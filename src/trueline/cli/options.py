@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,10 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     for option in options_of(ModelConfig):
         if option.name == "adapters":
             continue
+        if option.name == "engine_options":
+            group.add_argument("--engine-option", metavar="NAME=VALUE", action="append", default=[],
+                help="an option of vLLM, by its own name; repeatable (none)")  # fmt: skip
+            continue
         if several and option.name == "adapter":
             text = f"{option.doc}; a named one is a model of its own; repeatable"
             _add(group, option, metavar="[NAME=]DIR", action="append", default=[], help=text)
@@ -53,9 +58,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
     """Return the model that the options name."""
+    apart = ("adapters", "engine_options")
     found = {
-        o.name: getattr(args, _place(o)) for o in options_of(ModelConfig) if o.name != "adapters"
+        o.name: getattr(args, _place(o)) for o in options_of(ModelConfig) if o.name not in apart
     }
+    found["engine_options"] = dict(map(_engine_option, args.engine_option))
     if isinstance(args.adapter, list):
         found |= _adapters(args.adapter)
     return ModelConfig(**found)
@@ -76,6 +83,17 @@ def _adapters(given: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{which} given twice. Give each a name of its own: NAME=DIR.")
         found[name] = source
     return {"adapter": found.pop("", None), "adapters": found}
+
+
+def _engine_option(text: str) -> tuple[str, Any]:
+    """Return the name and the value of NAME=VALUE, a value as JSON reads it, else as text."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.strip()):
+        raise ConfigError(f'`--engine-option` takes NAME=VALUE, got "{text}".')
+    try:
+        return name.strip().replace("-", "_"), json.loads(value)
+    except ValueError:
+        return name.strip().replace("-", "_"), value
 
 
 def add_system_option(parser: Any) -> None:

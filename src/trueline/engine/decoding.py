@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from trueline.engine.backends import make_backend
 from trueline.engine.protocol import Backend, Continuation, Prompt, Step, Ticket
 from trueline.engine.scheduler import Admission
-from trueline.engine.torch_backend import TorchBackend
 from trueline.errors import ConfigError, check_kind
 from trueline.models.load import LanguageModel
 from trueline.types import Completion, Message, Method, Request, SamplingParams, check_call
@@ -63,12 +63,13 @@ class Decoder:
             share_prefixes: Compute system prompts that requests share once.
             keep_turns: Keep a finished conversation, so that its next turn costs only what is new;
                 for one conversation at a time.
-            backend: Another engine than PyTorch's; the options above are then its own matter.
+            backend: Another engine than the model's own; the options above are then its matter, as
+                they are for a model on vLLM.
         """
         if model is None or isinstance(model, (str, bytes)):
             raise ConfigError(f"The model must be a loaded one, from load_model(), got {model!r}.")
         self.model = model
-        self.backend: Backend = backend or TorchBackend(
+        self.backend: Backend = backend or make_backend(
             model,
             batch_size=batch_size,
             admission=admission,

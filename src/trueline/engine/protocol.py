@@ -92,7 +92,9 @@ class Continuation:
 class Backend(Protocol):
     """The engine below `Decoder`."""
 
-    model: LanguageModel
+    @property
+    def model(self) -> LanguageModel:
+        """What it decodes on."""
 
     def encode(self, request: Request) -> Prompt:
         """Return a request, its method and sampling given, as token ids; no compute."""

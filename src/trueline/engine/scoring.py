@@ -14,6 +14,7 @@ import torch
 from trueline.engine.protocol import Continuation
 from trueline.models.adapter import BASE
 from trueline.models.prompts import pad_left
+from trueline.models.weightless import Weightless
 from trueline.types import Method, combine_at, first_tokens, rest_branch
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def score(
             depend on it but for rounding.
         base: The model of branches whose adapter is off, if it is another one.
     """
+    if isinstance(model, Weightless):
+        from trueline.engine.vllm.backend import VllmBackend
+
+        yield from VllmBackend.of(model).score(items, rows=rows)
+        return
     keys = [_rows_of(item) for item in items]
     for part in _parts(keys, rows):
         found = _forward(model, base, part, keys, items)

@@ -34,6 +34,8 @@ BASE = "__base__"
 """What PEFT calls the model with no adapter on, as the adapter of a row."""
 MAX_RANK = 8192
 """A LoRA that is trained has no higher rank; the widest layers of large models have no more."""
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
 LORA = re.compile(r"(.*)\.lora_(A|B)\.weight")
 
 

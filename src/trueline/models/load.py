@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,131 +12,22 @@ import torch
 
 from trueline.errors import ConfigError, ModelError, check_flag, check_kind
 from trueline.models.adapter import BASE, check_adapter, find_adapter, put_adapter
-from trueline.models.checkpoint import read_config, read_tokenizer, read_weights
+from trueline.models.checkpoint import read_config, read_tokenizer, read_weights, skeleton
 from trueline.models.device import check_dtype, find_device, find_dtype
 from trueline.models.hub import LOADING, Place, one_line
+from trueline.models.language import LanguageModel as LanguageModel
+from trueline.models.language import cache_name as cache_name
 from trueline.models.packed import pack_weights
 from trueline.models.places import find_model
+from trueline.models.weightless import Weightless
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from trueline.types import Progress
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """What an adapter may be called; PEFT's names of modules take no dots."""
-
-
-@dataclass
-class LanguageModel:
-    """A causal language model with its tokenizer: what every other module of Trueline works on.
-
-    Made by `load_model`, or from objects you already have: `LanguageModel(model, tokenizer)`.
-    Raises `ModelError` for models that no branched decoding fits (encoder-decoder, recurrent).
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str = "model"
-    raw: bool = False
-    """Send prompts as they are, with no chat template."""
-    default_system: bool = True
-    """Keep the system text that the template puts in where a chat has none; off, it is empty."""
-    adapters: tuple[str, ...] = ()
-    """Names of adapters for requests that ask for them; for others they are off."""
-    folder: Path | None = field(default=None, repr=False)
-    """Where its files are; None on the hub, or where it was made in memory."""
-    adapter_folders: dict[str, Path] = field(default_factory=dict, repr=False)
-    """Where the files of its adapters are, in the hub's cache too; "default" is `adapter`'s."""
-    _default_system: str | None = field(default=None, repr=False)
-    _folds_system: bool | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        config = self.model.config
-        kind = getattr(config, "model_type", type(self.model).__name__)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(
-                f'Model "{self.name}" ({kind}) is an encoder-decoder. Give a causal language model.'
-            )
-        if odd := _odd_layers(self.model, self.text_config):
-            raise ModelError(
-                f'Model "{self.name}" ({kind}) has {odd}, which left padding and branches of '
-                "unequal length would corrupt. Give a model with full or sliding-window attention."
-            )
-        self.model.eval()
-
-    @property
-    def text_config(self) -> Any:
-        """The configuration of the language model itself, also inside a multimodal one."""
-        return self.model.config.get_text_config(decoder=True)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the input embeddings live."""
-        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[assignment]
-        return device
-
-    @property
-    def max_positions(self) -> int | None:
-        """The most tokens a row may have, prompt and completion; None if there is no limit."""
-        config = self.text_config
-        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-            if isinstance(limit := getattr(config, name, None), int) and limit > 0:
-                return limit
-        return None
-
-    @cached_property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a text, from the generation config and the tokenizer."""
-        found: set[int] = set()
-        generation = getattr(self.model, "generation_config", None)
-        for source in (getattr(generation, "eos_token_id", None), self.tokenizer.eos_token_id):
-            if source is not None:
-                found.update(source if isinstance(source, (list, tuple)) else [source])
-        return frozenset(found)
-
-    @property
-    def pad_token_id(self) -> int:
-        """A token for padded places; it is never attended to."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether a PEFT adapter is active."""
-        return hasattr(self.model, "peft_config")
-
-    @property
-    def adapter(self) -> str:
-        """What PEFT calls the adapter of requests that name none; `BASE` is none at all."""
-        return BASE if self._active in self.adapters else self._active
-
-    def adapter_options(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return what a forward is to be told so that each row has its adapter on."""
-        if set(names) <= {self._active}:
-            return {}
-        return {"adapter_names": list(names)}
-
-    @property
-    def _active(self) -> str:
-        """What PEFT calls the adapter that a plain forward runs."""
-        if not self.has_adapter:
-            return BASE
-        active = getattr(self.model, "active_adapter", None)
-        return active if isinstance(active, str) else "default"
-
-    @cached_property
-    def forward_names(self) -> frozenset[str]:
-        """Names of the arguments that the model's forward takes."""
-        base: Any = self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
-        return frozenset(inspect.signature(base.forward).parameters)
-
-    @property
-    def cache_name(self) -> str:
-        """What the model's forward calls its cache."""
-        return cache_name(self.forward_names)
+ENGINES = ("torch", "vllm")
+"""What can decode."""
 
 
 def load_model(
@@ -156,14 +45,15 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     packed_weights: bool | None = None,
+    engine: str = "torch",
+    engine_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Load a causal language model from a folder, the hub, a GGUF file or the package.
 
     Args:
         name: A folder, a hub name, a GGUF file, "tiny" (bundled) or "smollm2" (fetched once).
-        dtype: "auto" is the checkpoint's own; on a CPU float32 for float16, and for bfloat16 where
-            the processor has no such instructions. Or "float32", "bfloat16", "float16".
+        dtype: "auto" (the checkpoint's own, see `find_dtype`), "float32", "bfloat16", "float16".
         device: "auto" (CUDA, then MPS, then CPU), or a torch device. Not with `device_map`.
         device_map: Of transformers, e.g. "auto" for several devices; needs accelerate.
         adapter: Folder or hub name of a PEFT adapter; needs peft.
@@ -174,33 +64,32 @@ def load_model(
         default_system: See `LanguageModel`.
         revision: A branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint.
-        packed_weights: On a CPU, multiply in the way that is measured to be fastest on this machine
-            (`trueline.models.products`), with a second copy of the weights where that pays. None
-            makes copies only if they take at most 2 GiB; False leaves all to torch.
+        packed_weights: On a CPU, multiply in the way measured to be fastest (`models.products`);
+            None copies weights for it only up to 2 GiB, False leaves all to torch.
+        engine: "torch", or "vllm", which loads the weights itself and has `engine_options`.
         progress: Called as progress("loading NAME", 0 or 1, 1), and while a model is fetched.
 
-    Raises `ConfigError` for an option that is out of range, `ModelError` for a name without a
-    model, and for one that cannot be used.
+    Raises `ConfigError` for an option that is out of range, `ModelError` for what is no model.
     """
-    _check_kinds(revision, raw, trust_remote_code)
+    _check_kinds(revision, raw, trust_remote_code, adapters)
     target = _checked(name, dtype, device, device_map, adapter, quantize, chat_template)
-    _check_names(adapters)
+    _check_engine(engine, engine_options, device=device, device_map=device_map, quantize=quantize)
     tell = progress or LOADING.get() or (lambda *_: None)
     tell(f"loading {name}", 0, 1)
     template = _read_template(chat_template)
     sources = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
     folders = _adapter_folders(sources)
     place = find_model(name, revision=revision, trust_remote_code=trust_remote_code, progress=tell)
+    about: dict[str, Any] = {"name": str(name), "raw": raw, "default_system": default_system,
+        "adapters": tuple(adapters or ()), "folder": place.folder, "adapter_folders": folders,
+    }  # fmt: skip
+    if engine != "torch":
+        return _outline(place, target, dtype, template, engine, engine_options, about)
     model, tokenizer = _read(place, target, dtype, device_map, quantize, template)
-    for called, folder in folders.items():
-        model = put_adapter(model, str(sources[called]), folder, on=str(name), called=called)
-    if packed_weights is not False and target.type == "cpu":
-        pack_weights(model, force=packed_weights is True)
+    model = _with_adapters(model, sources, folders, str(name))
+    _pack(model, target, packed_weights)
     tell(f"loading {name}", 1, 1)
-    return _check_mixing(LanguageModel(
-        model, tokenizer, str(name), raw, default_system=default_system,
-        adapters=tuple(adapters or ()), folder=place.folder, adapter_folders=folders,
-    ))  # fmt: skip
+    return _check_mixing(LanguageModel(model, tokenizer, **about))
 
 
 def _adapter_folders(sources: Mapping[str, str | Path]) -> dict[str, Path]:
@@ -209,6 +98,19 @@ def _adapter_folders(sources: Mapping[str, str | Path]) -> dict[str, Path]:
     for folder in folders.values():
         check_adapter(folder)
     return folders
+
+
+def _with_adapters(
+    model: Any, sources: Mapping[str, str | Path], folders: Mapping[str, Path], on: str
+) -> Any:
+    for called, folder in folders.items():
+        model = put_adapter(model, str(sources[called]), folder, on=on, called=called)
+    return model
+
+
+def _pack(model: Any, target: torch.device, packed: bool | None) -> None:
+    if packed is not False and target.type == "cpu":
+        pack_weights(model, force=packed is True)
 
 
 def _check_mixing(model: LanguageModel) -> LanguageModel:
@@ -253,14 +155,11 @@ def _checked(
     return find_device(device)
 
 
-def _check_kinds(revision: object, raw: object, trust_remote_code: object) -> None:
+def _check_kinds(revision: object, raw: object, trust: object, adapters: object) -> None:
+    """Raise `ConfigError` for options of another kind, and unless adapters come by name."""
     check_kind("revision", revision, (str, type(None)), "text")
     check_flag("raw", raw)
-    check_flag("trust_remote_code", trust_remote_code)
-
-
-def _check_names(adapters: object) -> None:
-    """Raise `ConfigError` unless these are adapters by name."""
+    check_flag("trust_remote_code", trust)
     if adapters is None:
         return
     check_kind("adapters", adapters, Mapping, "adapters by name")
@@ -301,6 +200,46 @@ def _read(
     return model, tokenizer
 
 
+def _check_engine(engine: object, options: object, **of_torch: object) -> None:
+    """Raise `ConfigError` for an engine that does not exist, and for options that are not its."""
+    if engine not in ENGINES:
+        raise ConfigError(f'Unknown engine "{engine}". Give {" or ".join(ENGINES)}.')
+    check_kind("engine_options", options, (Mapping, type(None)), "a mapping from names to values")
+    if engine == "torch":
+        if options:
+            raise ConfigError('`engine_options` are vLLM\'s. Give them with `engine="vllm"`.')
+        return
+    for option, value in of_torch.items():
+        if value not in (None, "auto"):
+            raise ConfigError(
+                f"`{option}` is PyTorch's. vLLM has options of its own: --engine-option NAME=VALUE "
+                "(`engine_options=`)."
+            )
+
+
+def _outline(
+    place: Place,
+    target: torch.device,
+    dtype: str,
+    template: str | None,
+    engine: str,
+    options: Mapping[str, Any] | None,
+    about: Mapping[str, Any],
+) -> Weightless:
+    """Return the model of an engine that loads the weights itself."""
+    from transformers import GenerationConfig
+
+    model, tokenizer = skeleton(place), read_tokenizer(place)
+    model.to(find_dtype(dtype, model.config, target))
+    if template is not None:
+        tokenizer.chat_template = template
+    with contextlib.suppress(OSError):  # it has none of its own
+        model.generation_config = GenerationConfig.from_pretrained(place.path, **place.options())
+    return Weightless(
+        model, tokenizer, engine=engine, engine_options=options or {}, path=place.path, **about
+    )
+
+
 def _quantization(quantize: str, target: torch.device) -> dict[str, Any]:
     need("bitsandbytes", "quantize", f"quantize={quantize!r}")
     from transformers import BitsAndBytesConfig
@@ -339,17 +278,3 @@ def _read_template(chat_template: str | Path | None) -> str | None:
         raise ConfigError(f"{chat_template}:{error.lineno}: no chat template: {error}.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f'Cannot read chat template "{chat_template}": {error}.') from None
-
-
-def _odd_layers(model: Any, text_config: Any) -> str:
-    """Return what kinds of layers a model has besides attention over all or the last tokens."""
-    kinds = set(getattr(text_config, "layer_types", None) or ())
-    if odd := sorted(kinds - {"full_attention", "sliding_attention"}):
-        return f"{', '.join(odd)} layers"
-    recurrent = getattr(model, "_is_stateful", False) or "mamba" in text_config.model_type
-    return "a recurrent state" if recurrent else ""
-
-
-def cache_name(forward_names: Collection[str]) -> str:
-    """Return what a forward with these arguments calls its cache, and so its outputs do."""
-    return "cache" if "cache" in forward_names else "past_key_values"

@@ -51,6 +51,10 @@ class ModelConfig:
     """CPU threads; None is 1 for small models, else torch's choice."""
     packed_weights: bool = True
     """CPU: take the fastest measured product, with a second copy of the weights where that pays."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """What decodes: torch or vllm."""
+    engine_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of vLLM, by its own names."""
 
     def __post_init__(self) -> None:
         for field in ("name", "adapter", "chat_template"):
@@ -90,4 +94,5 @@ class ModelConfig:
             "default_system": self.default_system,
             "packed_weights": self.packed_weights,
             "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None))),
+            **({"engine": self.engine} if self.engine != "torch" else {}),
         } | ({"adapters": named} if named else {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trueline.train.adapters.export import VLLM_RANKS
+from trueline.models.adapter import VLLM_RANKS
 
 
 def rank_note(rank: int) -> str:

@@ -19,14 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trueline.errors import ConfigError
-from trueline.models.adapter import CONFIG, PREFIX, WEIGHTS, check_finite
+from trueline.models.adapter import CONFIG, PREFIX, VLLM_RANKS, WEIGHTS, check_finite
 from trueline.models.checkpoint import HEADS, quiet
 from trueline.records.disk import saving
 from trueline.train.adapters.saved import LowRank
 from trueline.train.adapters.stack import AdapterStack
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank."""
 
 
 @dataclass(frozen=True)
