@@ -5,9 +5,9 @@
     python benchmarks/serve.py --soak 600               # mixed requests, cancellations, bad bodies
 
 A server of its own is started on the loopback; 1, 8 and 32 clients ask one after the other without
-a pause, then as many requests a second as half of that arrive at random (Poisson). The same
-requests go through `generate` in this process, and every text is compared. Markdown on stdout,
-progress on stderr; `--output FILE` also gets JSON.
+a pause, then as many requests a second as half of that arrive at random (Poisson). Then the same
+requests go through the engine in this process, as many rows at a time, and every text is compared
+with `generate`'s. Markdown on stdout, progress on stderr; `--output FILE` also gets JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,11 @@ if not __package__:
 import httpx
 import torch
 
+from benchmarks._clients import closed, poisson, quantile, summary
 from benchmarks._models import machine
 from benchmarks._report import table
 from trueline import LinearAlignment, Request, SamplingParams, generate, load_model
+from trueline.engine.decoding import Decoder
 
 TOKENS = 48
 METHOD = {"method": "linear-alignment", "principle": "Talk like a pirate.", "ratio": 2.0}
@@ -72,100 +76,80 @@ def server(model: str, rows: int) -> Iterator[tuple[str, str, int]]:
             process.terminate()
 
 
-async def ask(client: httpx.AsyncClient, content: dict[str, Any]) -> dict[str, Any]:
-    """Ask once; return the text and when its pieces came."""
-    began, times, text = time.perf_counter(), [], ""
-    async with client.stream("POST", "/v1/chat/completions", json=content) as answer:
-        if answer.status_code != 200:
-            return {"error": answer.status_code}
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            choice = json.loads(line[6:])["choices"][0]
-            text += choice["delta"]["content"]
-            times.append(time.perf_counter())
-    steps = [b - a for a, b in itertools.pairwise(times)]
-    return {"text": text, "first": times[0] - began, "steps": steps, "chunks": len(times)}
+def processes(pid: int) -> list[int]:
+    """Return a server's processes: the engine's, and the one that answers HTTP."""
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
-async def closed(address: str, name: str, clients: int, seconds: float) -> dict[str, Any]:
-    """Let `clients` ask one after the other until the time is up."""
-    answers: dict[int, dict[str, Any]] = {}
-    numbers = iter(range(10**9))
-    async with httpx.AsyncClient(base_url=address, timeout=120) as client:
+def cpu_seconds(pid: int) -> float:
+    """Return what a process has used of the cores."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(pid: int) -> int:
+    """Return the KiB that a server holds; a page that its processes share counts once."""
+    found = 0
+    for each in processes(pid):
+        lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
+        found += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return found
+
+
+def run(label: str, pid: int, way: Any) -> dict[str, Any]:
+    """Run a load; return its numbers, with the CPU time that a request took of each process."""
+    own, before = time.process_time(), [cpu_seconds(p) for p in processes(pid)]
+    replies, took = asyncio.run(way)
+    used = [cpu_seconds(p) - b for p, b in zip(processes(pid), before, strict=True)]
+    used.append(time.process_time() - own)
+    return summary(label, replies, took) | {"cpu_ms": [1000 * u / len(replies) for u in used]}
+
+
+class Offline:
+    """The same requests through the engine, with no server."""
+
+    def __init__(self, model: str) -> None:
+        torch.set_num_threads(1)
+        self.model = load_model(model)
+        fields = {k: v for k, v in METHOD.items() if k != "method"}
+        self.method = LinearAlignment(**fields)  # type: ignore[arg-type]
+        self.params = SamplingParams(max_new_tokens=TOKENS, temperature=0.8)
+
+    def texts(self, numbers: Sequence[int]) -> dict[int, str]:
+        """Return each request's text."""
+        done = generate(self.model, self._requests(numbers), batch_size=max(CLIENTS), refill=True)
+        return {n: c.text for n, c in zip(numbers, done, strict=True)}
+
+    def speed(self, rows: int, seconds: float) -> tuple[float, float]:
+        """Return requests a second with so many rows, and the median milliseconds of a step."""
+        decoder = Decoder(self.model, batch_size=rows, admission="each_step")
+        numbers, stamps, ended = itertools.count(), [], 0
         began = time.perf_counter()
-
-        async def one() -> None:
-            while time.perf_counter() - began < seconds:
-                number = next(numbers)
-                answers[number] = await ask(client, body(number, name))
-
-        await asyncio.gather(*(one() for _ in range(clients)))
-        took = time.perf_counter() - began
-    return summary(f"{clients} clients", answers, took)
-
-
-async def poisson(address: str, name: str, rate: float, seconds: float) -> dict[str, Any]:
-    """Let requests arrive at random, `rate` a second."""
-    answers: dict[int, dict[str, Any]] = {}
-    waits, tasks, number = random.Random(0), [], 0
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
-        began = time.perf_counter()
-
-        async def one(number: int) -> None:
-            answers[number] = await ask(client, body(number, name))
-
+        left = 0
         while time.perf_counter() - began < seconds:
-            tasks.append(asyncio.create_task(one(number)))
-            number += 1
-            await asyncio.sleep(waits.expovariate(rate))
-        await asyncio.gather(*tasks)
-        took = time.perf_counter() - began
-    return summary(f"Poisson, {rate:.1f} a second", answers, took)
+            while left < 3 * rows:  # the next wait for each place that frees up
+                [request] = self._requests([next(numbers)])
+                decoder.add(decoder.encode(request), text=False)
+                left += 1
+            steps = decoder.step()
+            stamps.append(time.perf_counter())
+            over = sum(step.finish_reason is not None for step in steps)
+            left, ended = left - over, ended + over
+        spans = [b - a for a, b in itertools.pairwise(stamps)]
+        return ended / (stamps[-1] - began), 1000 * quantile(spans, 0.5)
 
-
-def summary(label: str, answers: dict[int, dict[str, Any]], took: float) -> dict[str, Any]:
-    """Return the numbers of a run."""
-    fine = {n: a for n, a in answers.items() if "error" not in a}
-    firsts = [a["first"] for a in fine.values()]
-    steps = [s for a in fine.values() for s in a["steps"]]
-    return {
-        "label": label,
-        "requests": len(answers),
-        "lost": len(answers) - len(fine),
-        "requests_per_second": len(fine) / took,
-        "first_ms": [1000 * quantile(firsts, q) for q in (0.5, 0.99)],
-        "step_ms": [1000 * quantile(steps, q) for q in (0.5, 0.99)],
-        "texts": {n: a["text"] for n, a in fine.items()},
-    }
-
-
-def quantile(values: list[float], q: float) -> float:
-    """Return a quantile of measured values."""
-    return statistics.quantiles(values, n=100)[round(100 * q) - 1] if len(values) > 1 else values[0]
-
-
-def offline(model: str, numbers: list[int], rows: int) -> tuple[dict[int, str], float]:
-    """Return the same requests' texts from `generate`, and requests a second."""
-    torch.set_num_threads(1)
-    loaded = load_model(model)
-    params = SamplingParams(max_new_tokens=TOKENS, temperature=0.8)
-    fields = {k: v for k, v in METHOD.items() if k != "method"}
-    method = LinearAlignment(**fields)  # type: ignore[arg-type]
-    requests = [
-        Request(ASKED.format(THINGS[n % len(THINGS)]), method, params, seed=n) for n in numbers
-    ]
-    began = time.perf_counter()
-    done = generate(loaded, requests, batch_size=rows, refill=True)
-    took = time.perf_counter() - began
-    return {n: c.text for n, c in zip(numbers, done, strict=True)}, len(numbers) / took
+    def _requests(self, numbers: Sequence[int]) -> list[Request]:
+        asked = (ASKED.format(THINGS[n % len(THINGS)]) for n in numbers)
+        return [
+            Request(text, self.method, self.params, seed=n)
+            for n, text in zip(numbers, asked, strict=True)
+        ]
 
 
 async def soak(address: str, name: str, pid: int, seconds: float) -> dict[str, Any]:
     """Send mixed requests, cut streams and bad bodies for a while; watch the server's memory."""
     counts = {"asked": 0, "cut": 0, "refused": 0, "errors": 0}
-    memory: list[tuple[float, int]] = []
+    held: list[tuple[float, int]] = []
     numbers, chance = iter(range(10**9)), random.Random(1)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
@@ -190,14 +174,13 @@ async def soak(address: str, name: str, pid: int, seconds: float) -> dict[str, A
                             await asyncio.sleep(0.02)
                     counts["asked"] += 1
                 else:
-                    found = await ask(client, content)
-                    counts["errors" if "error" in found else "asked"] += 1
+                    answer = await client.post("/v1/chat/completions", json=content)
+                    whole = answer.status_code == 200 and answer.text.endswith("[DONE]\n\n")
+                    counts["asked" if whole else "errors"] += 1
 
         async def watch() -> None:
             while time.perf_counter() - began < seconds:
-                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-                size = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-                memory.append((time.perf_counter() - began, size))
+                held.append((time.perf_counter() - began, memory(pid)))
                 await asyncio.sleep(1)
 
         await asyncio.gather(watch(), *(one() for _ in range(12)))
@@ -207,7 +190,7 @@ async def soak(address: str, name: str, pid: int, seconds: float) -> dict[str, A
     rows = next(
         float(x.split()[-1]) for x in page.splitlines() if x.startswith("trueline:rows_running{")
     )
-    warm = [size for when, size in memory if when > seconds / 5]
+    warm = [size for when, size in held if when > seconds / 5]
     quarter = max(1, len(warm) // 4)
     grown = statistics.median(warm[-quarter:]) / statistics.median(warm[:quarter]) - 1
     return {**counts, "seconds": seconds, "healthy": healthy, "rows_left": rows, "grown": grown}
@@ -220,6 +203,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each run (15)")
+    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS, metavar="N")
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="soak instead")
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
@@ -231,46 +215,60 @@ def main() -> None:
             found["soak"] = asyncio.run(soak(address, name, pid, args.soak))
         print(table(list(found["soak"]), [[f"{v:.4g}" for v in found["soak"].values()]]))
     else:
-        found["runs"] = load(args.model, args.seconds)
+        found["runs"] = load(args.model, args.seconds, sorted(set(args.clients)))
     if args.output:
         for run in found.get("runs", []):
             run.pop("texts", None)
         args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def load(model: str, seconds: float) -> list[dict[str, Any]]:
-    """Measure every load, compare the texts, and print the table."""
+def load(model: str, seconds: float, clients: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure every load and the engine alone, compare the texts, and print the tables."""
     runs = []
-    with server(model, max(CLIENTS)) as (address, name, _):
-        asyncio.run(closed(address, name, 2, 2))  # warm
-        for clients in CLIENTS:
-            print(f"{clients} clients", file=sys.stderr)
-            runs.append(asyncio.run(closed(address, name, clients, seconds)))
+    with server(model, max(clients)) as (address, name, pid):
+        ask = partial(body, name=name)
+        asyncio.run(closed(address, ask, 2, 2))  # warm
+        for count in clients:
+            print(f"{count} clients", file=sys.stderr)
+            label = f"{count} client{'s' if count > 1 else ''}"
+            runs.append(run(label, pid, closed(address, ask, count, seconds)))
         rate = runs[-1]["requests_per_second"] / 2
-        runs.append(asyncio.run(poisson(address, name, rate, seconds)))
-    busiest = runs[len(CLIENTS) - 1]
-    texts, speed = offline(model, sorted(busiest["texts"]), max(CLIENTS))
-    for run in runs:
-        run["differ"] = sum(texts.get(n, t) != t for n, t in run["texts"].items())
-    rows = [
-        [
-            run["label"],
-            run["requests"],
-            run["lost"],
-            f"{run['requests_per_second']:.1f}",
-            " / ".join(f"{v:.0f}" for v in run["first_ms"]),
-            " / ".join(f"{v:.1f}" for v in run["step_ms"]),
-            run["differ"],
-        ]
-        for run in runs
-    ]
-    head = ["", "requests", "lost", "requests/s", "first token, ms p50 / p99"]
-    print(table([*head, "between tokens, ms p50 / p99", "texts unlike `generate`'s"], rows))
-    one = runs[0]["requests_per_second"]
-    most = busiest["requests_per_second"]
-    print(f"`generate`, {max(CLIENTS)} rows, refilled: {speed:.1f} requests/s.")
-    print(f"{max(CLIENTS)} clients: {most / one:.1f} of one client, {most / speed:.2f} of that.")
+        way = poisson(address, ask, rate, seconds)
+        runs.append(run(f"Poisson, {rate:.1f} a second", pid, way))
+    print("the engine alone", file=sys.stderr)
+    alone = Offline(model)
+    alone.speed(max(clients), min(1.0, seconds))  # warm
+    for made, count in zip(runs, clients, strict=False):
+        made["alone"] = alone.speed(count, seconds)
+    texts = alone.texts(sorted({n for made in runs for n in made["texts"]}))
+    for made in runs:
+        made["differ"] = sum(texts[n] != t for n, t in made["texts"].items())
+    report(runs, max(clients))
     return runs
+
+
+def report(runs: list[dict[str, Any]], most: int) -> None:
+    """Print what was measured."""
+    head = ["", "requests", "lost", "requests/s", "first token, ms p50 / p99"]
+    head += ["between tokens, ms p50 / p99", "texts unlike `generate`'s"]
+    rows = [
+        [made["label"], made["requests"], made["lost"], f"{made['requests_per_second']:.1f}",
+         " / ".join(f"{v:.0f}" for v in made["first_ms"]),
+         " / ".join(f"{v:.1f}" for v in made["step_ms"]), made["differ"]]
+        for made in runs
+    ]  # fmt: skip
+    print(table(head, rows))
+    head = ["", "requests/s, engine alone", "server of that", "a step alone, ms"]
+    head += ["CPU ms a request: engine / HTTP / the clients here"]
+    rows = [
+        [made["label"], f"{made['alone'][0]:.1f}",
+         f"{made['requests_per_second'] / made['alone'][0]:.2f}", f"{made['alone'][1]:.2f}",
+         " / ".join(f"{v:.1f}" for v in made["cpu_ms"])]
+        for made in runs if "alone" in made
+    ]  # fmt: skip
+    print(table(head, rows))
+    one, all_ = (made["requests_per_second"] for made in (runs[0], runs[-2]))
+    print(f"{most} clients: {all_ / one:.1f} times the requests of one.")
 
 
 if __name__ == "__main__":

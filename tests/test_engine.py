@@ -33,7 +33,7 @@ from trueline import (
 from trueline.engine.batch import Batch
 from trueline.engine.cache import PrefixStore
 from trueline.engine.protocol import Continuation
-from trueline.engine.scheduler import Scheduler
+from trueline.engine.scheduler import PATIENCE, SOON, Scheduler
 from trueline.engine.torch_backend import TorchBackend
 from trueline.models.adapter import BASE
 from trueline.models.prompts import encode
@@ -201,12 +201,28 @@ class TestAdmission:
         one = scheduler.add(prompt, False, True)
         assert scheduler.admit() == []
         scheduler.end(first[0])
-        assert scheduler.admit() == [one], "all that wait"
+        begun = [scheduler.admit() for _ in range(PATIENCE + 1)]
+        assert begun == [[]] * PATIENCE + [[one]], "one of 16 is held back for others to come"
         three = [scheduler.add(prompt, False, True) for _ in range(3)]
         scheduler.end(first[1])
         assert scheduler.admit() == [], "one place of 16 is not worth a prefill for one of three"
         scheduler.end(first[2])
-        assert scheduler.admit() == three[:2]
+        assert scheduler.admit() == three[:2], "an eighth of the places"
+        for ticket in [*first[3:12], three[0]]:
+            scheduler.end(ticket)
+        assert scheduler.admit() == [three[2]], "fewer than half are taken: at once"
+
+    def test_free_places_are_kept_while_requests_come(self):
+        scheduler = Scheduler(4, "each_step")
+        assert not scheduler.refills
+        ticket = scheduler.add(Prompt([[1]]), False, True)
+        assert scheduler.admit() == [ticket]
+        assert [scheduler.admit() or scheduler.refills for _ in range(SOON)] == [
+            *[True] * (SOON - 2), False, False,
+        ]  # fmt: skip
+        other = Scheduler(4)
+        other.add(Prompt([[1]]), False, True)
+        assert not other.refills, "a batch that is bit-stable"
 
     def test_bad_options(self, llama):
         with pytest.raises(ConfigError, match='"when_empty" or "each_step", got .always.'):

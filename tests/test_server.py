@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
 import re
+import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,13 +23,24 @@ pytest.importorskip("openai", reason="the server's tests need the package openai
 import httpx
 import openai
 import uvicorn
+from processes import Process
 
-from trueline import LinearAlignment, Request, SamplingParams, SelfCD, generate, load_model
+from trueline import (
+    LinearAlignment,
+    Request,
+    SamplingParams,
+    SelfCD,
+    generate,
+    load_model,
+    make_method,
+)
 from trueline.engine.torch_backend import TorchBackend
 from trueline.errors import ConfigError, DataError
 from trueline.methods import METHODS
 from trueline.server.app import build_app
 from trueline.server.config import Preset, ServeConfig, read_keys, read_presets
+from trueline.server.engine_loop import Drop, News, Told
+from trueline.server.links import Messages, packed
 from trueline.server.pages import describe
 from trueline.settings.options import options_of, ranges_of
 
@@ -269,7 +280,7 @@ def test_many_clients_at_once_get_their_own_texts(server, tiny):
     for i in range(33):
         [own] = offline(tiny, ours[i % 3], i, temperature=0.9, max_new_tokens=3 + i % 17)
         assert found[i] == own.text
-    assert not server[1].engine._jobs
+    assert not server[1].engine.jobs
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -302,9 +313,9 @@ def test_who_goes_away_frees_its_rows(server):
     with httpx.stream("POST", f"{server[0]}/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
     until = time.monotonic() + 5
-    while server[1].engine._jobs and time.monotonic() < until:
+    while server[1].engine.jobs and time.monotonic() < until:
         time.sleep(0.01)
-    assert not server[1].engine._jobs
+    assert not server[1].engine.jobs
     assert client_metrics(server)["trueline:groups_running"] == 0
 
 
@@ -472,7 +483,7 @@ def test_an_engine_that_dies_is_seen(tiny):
         def breaks():
             raise RuntimeError("out of memory")
 
-        inside.engine.backend.step = breaks
+        inside.link.backend.step = breaks
         answer = httpx.post(
             f"{address}/v1/chat/completions", json={"model": "tiny", "messages": MOON}
         )
@@ -509,14 +520,29 @@ def test_presets_and_keys_come_from_files(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def command(*options):
-    """`trueline serve` as a process of its own; yields its address and itself."""
-    line = [sys.executable, "-m", "trueline", "serve", "--threads", "1", *map(str, options)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(line, **pipes) as process:
-        try:
-            yield process.stdout.readline().strip(), process
-        finally:
-            process.kill()
+    """`trueline serve` as processes of its own; yields its address and the engine's process."""
+    process = Process("serve", "--threads", 1, *options)
+    try:
+        yield until(lambda: re.match(r"(\S+)\n", process.said) or process.poll())[1], process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(what, seconds=60):
+    """Return what `what()` returns as soon as that is anything."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.01)
+    raise AssertionError(what)
+
+
+def front_of(process):
+    """The process that answers HTTP."""
+    task = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return int(task.read_text().split()[0])
 
 
 HOSTILE = "\x1b[31m\x1b]0;owned\x07 <script>alert(1)</script> \u202e {{ 7 * 7 }} %s $(id) \u2028"
@@ -541,11 +567,70 @@ def test_the_command_serves_logs_no_text_and_ends_when_told(adapters):
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as raw:
             raw.sendall(b"\x1b[31m no http\r\n\r\n")
             assert b"400" in raw.recv(1000)
-        process.terminate()
-        out, err = process.communicate(timeout=30)
+        body = {"model": "tiny", "messages": MOON, "n": 4, "temperature": 1.5, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(process.pid, signal.SIGTERM)
+            rest = [line for line in lines if line]  # what runs is finished
+        assert sum('"finish_reason":"' in line for line in rest) == 4
+        assert rest[-1] == "data: [DONE]"
+        assert process.wait() == -signal.SIGTERM
         for mark in ("\x1b", "script", "owned", "moon", "Traceback"):
-            assert mark not in out + err
-    assert process.returncode in (0, -15)
+            assert mark not in process.said
+
+
+OWN = """
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Cool:
+    name = "cool"
+
+    weight: float = 2.0
+
+    def prompts(self, messages):
+        return [messages]
+
+    def combine(self, logits):
+        if self.weight > 100:
+            raise MemoryError
+        return logits[:, 0] * self.weight
+"""
+
+
+def test_a_method_of_a_file_crosses_processes_and_an_engine_that_dies_is_seen(tiny, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    with command(
+        *("--port", 0, "--dtype", "float32", "--method", f"{file}:Cool", "--weight", 3),
+        *("--overrides", "anything"),
+    ) as (address, process):
+        url = f"{address}/v1/chat/completions"
+        body = {"model": "tiny", "messages": MOON, "max_tokens": 16, "temperature": 0.9, "seed": 3}
+
+        def said(**fields):
+            more = {"alignment": fields} if fields else {}
+            return httpx.post(url, json=body | more, timeout=60)
+
+        for fields, weight in [({}, 3.0), ({"weight": 0.5}, 0.5)]:
+            method = make_method(f"{file}:Cool", {"weight": weight})
+            [own] = offline(tiny, method, 3, temperature=0.9, max_new_tokens=16)
+            assert said(**fields).json()["choices"][0]["message"]["content"] == own.text
+        (tmp_path / "other.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        for name in (f"{tmp_path / 'other.py'}:X", f"{file}:Cool", "os:X"):
+            refused = said(method=name)
+            assert refused.status_code == 400
+            assert "Unknown method" in refused.json()["error"]["message"]
+        assert not (tmp_path / "ran").exists()  # nothing that a client names is run
+        assert said(weight=1e3).status_code == 503
+        assert httpx.get(f"{address}/health").status_code == 503
+        assert "MemoryError" in said().json()["error"]["message"]
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait() == 130
 
 
 def test_who_asks_a_server_that_is_killed_is_told_and_a_new_one_answers(tmp_path, tiny):
@@ -584,13 +669,26 @@ def test_who_asks_a_server_that_is_killed_is_told_and_a_new_one_answers(tmp_path
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/health")
         port = address.rpartition(":")[2]
-    with command("--port", port, "--api-keys", keys, "--dtype", "float32") as (again, _):
+    with command("--port", port, "--api-keys", keys, "--dtype", "float32") as (again, process):
         assert again == address
         whole = httpx.post(
             f"{again}/v1/chat/completions", json=body | {"stream": False}, headers=headers
         )
+        os.kill(front_of(process), signal.SIGKILL)  # neither goes on without the other
+        assert process.wait() == 2
+        assert "The process that answers HTTP has ended" in process.said
     [own] = offline(tiny, LinearAlignment("Talk like a pirate."))
     assert whole.json()["choices"][0]["message"]["content"] == own.text
+
+
+def test_messages_are_whole_however_they_are_cut():
+    sent = [Drop(1), News(told=[Told(1, 0, 5, None, "stop")]), Drop(2), "x" * 100_000]
+    data, messages = b"".join(map(packed, sent)), Messages()
+    for size in (1, 7, 4096, len(data)):
+        found = []
+        for start in range(0, len(data), size):
+            found += messages.feed(data[start : start + size])
+        assert found == sent
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"blend"}))

@@ -69,15 +69,16 @@ def with_options(method: Method, **options: Any) -> Method:
     return changed
 
 
-def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
-    """Return the method called `name` with `options` as its fields.
+def make_method(name: str | type[Any], options: Mapping[str, Any] | None = None) -> Method:
+    """Return the method called `name`, or of that class, with `options` as its fields.
 
     Raises `ConfigError` for a name or an option that does not exist, with the closest that does.
 
     >>> make_method("self-cd", {"alpha": 1.5})
     """
     check_kind("options", options, (Mapping, type(None)), "a mapping from names to values")
-    cls, options = find_method(name), dict(options or {})
+    cls = name if isinstance(name, type) else find_method(name)
+    name, options = name if isinstance(name, str) else cls.name, dict(options or {})
     known = option_defaults(cls)
     for option in options:
         if option not in known:

@@ -1,20 +1,24 @@
-"""What a client gets back: OpenAI's objects, from the steps of a request."""
+"""What a client gets back: OpenAI's objects, from the tokens of a request."""
 
 from __future__ import annotations
 
-import math
+import json
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trueline.engine.trace import token_row, trace_step
+from trueline.models.detokenizer import Detokenizer
+from trueline.server.logprobs import chat_logprobs, text_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trueline.engine.protocol import Prompt, Step
+    from transformers import PreTrainedTokenizerBase
+
+    from trueline.engine.protocol import Prompt
+    from trueline.server.engine_loop import Told
 
 
 @dataclass
@@ -22,24 +26,36 @@ class Choice:
     """One completion under way."""
 
     index: int
+    detokenizer: Detokenizer
+    """For tokens that come without their text."""
     text: str = ""
     finish_reason: str | None = None
+    begun: bool = False
+    """Whether a client that streams has got its first chunk."""
     tokens: list[dict[str, Any]] = field(default_factory=list)
     """Log-probabilities of its tokens, if they were asked for."""
     trace: list[dict[str, Any]] = field(default_factory=list)
 
+    def read(self, told: Told) -> str:
+        """Return the text that became final with a token."""
+        if told.text is not None:
+            return told.text
+        text = self.detokenizer.push(told.token_id)
+        return text + self.detokenizer.finish() if told.finish_reason else text
+
 
 class Answer:
-    """The answer to one request: what is told of each step, and of all at the end.
+    """The answer to one request: what is told of each token, and of all at the end.
 
     Args:
         model: The name that the client asked for.
         chat: Whether it is a chat, or a plain text.
-        top: Alternatives a token, None for no log-probabilities.
+        logprobs: Whether each token comes with its log-probability.
         traced: Whether each token comes with its trace.
-        texts: Token id to its text.
+        tokenizer: Turns ids into text.
         prompts: What was asked, encoded; a text request may hold several.
         prompt_tokens: Counts the tokens of the caller's own prompts, with no method.
+        end: What each chunk ends with, as JSON: `, "usage": null` where usage was asked for.
     """
 
     def __init__(
@@ -47,49 +63,65 @@ class Answer:
         *,
         model: str,
         chat: bool,
-        top: int | None,
+        logprobs: bool,
         traced: bool,
-        texts: Callable[[int], str],
+        tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
         prompt_tokens: Callable[[], int],
+        end: str = "",
     ) -> None:
-        self.model, self.chat, self.top, self.traced = model, chat, top, traced
-        self.texts, self.prompts, self.prompt_tokens = texts, prompts, prompt_tokens
+        self.model, self.chat, self.logprobs, self.traced = model, chat, logprobs, traced
+        self.prompts, self.prompt_tokens = prompts, prompt_tokens
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         count = sum(prompt.sampling.n for prompt in prompts)
-        self.choices = [Choice(i) for i in range(count)]
+        self.choices = [Choice(i, Detokenizer(tokenizer)) for i in range(count)]
+        self._first = [sum(p.sampling.n for p in prompts[:i]) for i in range(len(prompts))]
+        self._left = count
+        self._head = to_json(self._object([], chunk=True)).removesuffix("]}")
+        self._end = f"]{end}}}"
         self.completion_tokens = 0
 
     @property
     def done(self) -> bool:
         """Whether every completion has ended."""
-        return all(choice.finish_reason for choice in self.choices)
+        return not self._left
 
-    def add(self, prompt: int, step: Step) -> dict[str, Any] | None:
-        """Take in a step of the prompt at that place; return the chunk to stream, if any."""
-        first = sum(p.sampling.n for p in self.prompts[:prompt])
-        choice = self.choices[first + step.sample]
+    def add(self, prompt: int, told: Told) -> str:
+        """Take in a token of the prompt at that place; return the chunk to stream as JSON, or "".
+
+        A chunk is put together from text: nothing of it but its choice changes from token to token.
+        """
+        choice = self.choices[self._first[prompt] + told.sample]
+        text = choice.read(told)
         self.completion_tokens += 1
-        choice.text += step.text
-        choice.finish_reason = step.finish_reason
-        news: dict[str, Any] = {"index": choice.index, "finish_reason": step.finish_reason}
-        if self.top is not None:
-            choice.tokens.append(self._logprobs(step))
-            news["logprobs"] = self._render_logprobs(choice, choice.tokens[-1:])
-        if self.traced:
-            trace = trace_step(step, self.prompts[prompt].method, self.texts)
-            choice.trace.append(token_row(trace))
-            news["trace"] = choice.trace[-1:]
-        if not (step.text or step.finish_reason or self.top is not None or self.traced):
-            return None
-        if self.chat:
-            news["delta"] = {"content": step.text}
-            if step.position == 0:
-                news["delta"] = {"role": "assistant", "content": step.text}
+        choice.text += text
+        choice.finish_reason = told.finish_reason
+        self._left -= told.finish_reason is not None
+        more = self._more(choice, told) if self.logprobs or self.traced else ""
+        if not (text or told.finish_reason or more):
+            return ""
+        end = f'"{told.finish_reason}"' if told.finish_reason else "null"
+        if not self.chat:
+            said = f'"text":{to_json(text)}'
+        elif choice.begun:
+            said = f'"delta":{{"content":{to_json(text)}}}'
         else:
-            news["text"] = step.text
-        return self._object([news], chunk=True)
+            said = f'"delta":{{"role":"assistant","content":{to_json(text)}}}'
+        choice.begun = True
+        own = f'{{"index":{choice.index},"finish_reason":{end},{said}{more}}}'
+        return f"{self._head}{own}{self._end}"
+
+    def _more(self, choice: Choice, told: Told) -> str:
+        """Return what a chunk says of its token beside the text."""
+        more = ""
+        if told.logprobs is not None:
+            choice.tokens.append(told.logprobs)
+            more += f',"logprobs":{to_json(self._render(choice, 1))}'
+        if told.trace is not None:
+            choice.trace.append(told.trace)
+            more += f',"trace":{to_json([told.trace])}'
+        return more
 
     def whole(self) -> dict[str, Any]:
         """Return the answer in one piece."""
@@ -101,16 +133,16 @@ class Answer:
             else:
                 made["text"] = choice.text
             made["logprobs"] = None
-            if self.top is not None:
-                made["logprobs"] = self._render_logprobs(choice, choice.tokens)
+            if self.logprobs:
+                made["logprobs"] = self._render(choice, len(choice.tokens))
             if self.traced:
                 made["trace"] = choice.trace
             choices.append(made)
         return self._object(choices) | {"usage": self.usage()}
 
-    def usage_chunk(self) -> dict[str, Any]:
+    def usage_chunk(self) -> str:
         """Return the last chunk of a stream that was asked for its usage."""
-        return self._object([], chunk=True) | {"usage": self.usage()}
+        return to_json(self._object([], chunk=True) | {"usage": self.usage()})
 
     def usage(self) -> dict[str, Any]:
         """Return token counts: what the caller sees, and the branches' prompts apart."""
@@ -129,32 +161,14 @@ class Answer:
         made = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return made | {"choices": choices}
 
-    def _logprobs(self, step: Step) -> dict[str, Any]:
-        """Return a token's log-probability in the distribution that it was drawn from."""
-        assert step.combined is not None
-        values = step.combined.float().log_softmax(-1)
-        found = self._token(step.token_id, float(values[step.token_id]))
-        top = values.topk(min(self.top or 0, len(values)))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return found | {
-            "top_logprobs": [self._token(i, value) for i, value in pairs if math.isfinite(value)]
-        }
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self.texts(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    def _render_logprobs(self, choice: Choice, tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    def _render(self, choice: Choice, last: int) -> dict[str, Any]:
+        """Return the log-probabilities of the last tokens in OpenAI's form."""
+        tokens = choice.tokens[len(choice.tokens) - last :]
         if self.chat:
-            return {"content": tokens, "refusal": None}
-        before = choice.tokens[: len(choice.tokens) - len(tokens)]
-        offset, offsets = sum(len(t["token"]) for t in before), []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token["token"])
-        return {
-            "tokens": [t["token"] for t in tokens],
-            "token_logprobs": [t["logprob"] for t in tokens],
-            "top_logprobs": [{o["token"]: o["logprob"] for o in t["top_logprobs"]} for t in tokens],
-            "text_offset": offsets,
-        }
+            return chat_logprobs(tokens)
+        before = sum(len(t["token"]) for t in choice.tokens[: len(choice.tokens) - last])
+        return text_logprobs(tokens, before)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+to_json = _ENCODER.encode

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from trueline import __version__
 from trueline.engine.torch_backend import TorchBackend
-from trueline.engine.trace import TokenTexts
 from trueline.errors import ConfigError, ModelError, TruelineError
-from trueline.server.answers import Answer
+from trueline.methods import Plain
+from trueline.server.answers import Answer, to_json
 from trueline.server.asks import Ask, UnknownModel, check_size, model_names, read_ask
 from trueline.server.bodies import ChatBody, TextBody, first_error
 from trueline.server.config import ServeConfig
-from trueline.server.engine_thread import Busy, EngineThread, Job, News, tell_all
+from trueline.server.engine_jobs import Busy, EngineJobs
 from trueline.server.gauges import Gauges
 from trueline.server.guards import Guards, error_object
+from trueline.server.links import Link, ThreadLink
 from trueline.server.pages import router
+from trueline.server.streams import EventStream, Gone, Inbox, tell_when_gone
 
 if TYPE_CHECKING:
-    from trueline.engine.protocol import Step
     from trueline.models.load import LanguageModel
 
 STATUS: list[tuple[type[Exception], int, str]] = [
@@ -45,19 +46,24 @@ STATUS: list[tuple[type[Exception], int, str]] = [
 """What each error is to a client; the first that fits."""
 RETRY_AFTER = 1
 """Seconds after which a client that was told to wait may come again."""
+AT_ONCE = 1 << 14
+"""Bytes of a body that is encoded in the event loop: sooner done than handed to a thread."""
 
 
 class Server:
-    """One model behind HTTP: who was let in is encoded, decoded together, and told of each step."""
+    """One model behind HTTP: who was let in is encoded, decoded together, and told of each token.
 
-    def __init__(self, model: LanguageModel, config: ServeConfig) -> None:
+    Of the model the tokenizer and the settings are used here; the weights are the engine's.
+    """
+
+    def __init__(self, model: LanguageModel, config: ServeConfig, link: Link) -> None:
         if config.name in model.adapters:
             raise ConfigError(f'An adapter and the model are both called "{config.name}".')
         self.model, self.config, self.gauges = model, config, Gauges(config.name)
-        self.chat = TorchBackend(model, batch_size=config.max_running, admission="each_step")
-        self.text = TorchBackend(replace(model, raw=True))  # encodes alone
-        self.engine = EngineThread(self.chat, self.gauges, config.max_waiting)
-        self.texts = TokenTexts(model.tokenizer)
+        self.chat = TorchBackend(model)  # both encode alone
+        self.text = TorchBackend(replace(model, raw=True))
+        self.link = link
+        self.engine = EngineJobs(self.gauges, config.max_running, config.max_waiting)
         self.started = int(time.time())
         self._encoding = threading.Lock()  # a tokenizer is not for two threads at once
 
@@ -70,117 +76,98 @@ class Server:
             prompts = [backend.encode(request) for request in ask.requests]
 
         def count() -> int:
+            plain = [replace(request, method=None) for request in ask.requests]
+            if all(isinstance(p.method, Plain) for p in prompts):
+                return sum(len(p.branches[0]) for p in prompts)
             with self._encoding:
-                return sum(
-                    len(backend.encode(replace(request, method=None)).branches[0])
-                    for request in ask.requests
-                )
+                return sum(len(backend.encode(request).branches[0]) for request in plain)
 
         check_size([p.branches for p in prompts], prompts[0].sampling.n, self.config)
         return ask, Answer(
             model=ask.model,
             chat=chat,
-            top=ask.top,
+            logprobs=ask.top is not None,
             traced=ask.traced,
-            texts=self.texts,
+            tokenizer=self.model.tokenizer,
             prompts=prompts,
             prompt_tokens=count,
+            end=',"usage":null' if ask.include_usage else "",
         )
 
-    def begin(self, ask: Ask, answer: Answer) -> tuple[asyncio.Queue[Any], list[Job]]:
-        """Hand the prompts to the engine; (prompt, step or error) come through the queue."""
-        queue = asyncio.Queue[Any]()
-
-        def teller(place: int) -> Callable[[Step | Exception], None]:
-            return lambda news: queue.put_nowait((place, news))
-
-        tells = [teller(i) for i in range(len(answer.prompts))]
-        record = ask.traced or ask.top is not None
-        return queue, self.engine.submit(list(answer.prompts), tells, record)
-
-    async def chunks(self, ask: Ask, answer: Answer) -> AsyncIterator[list[dict[str, Any]]]:
+    async def chunks(self, ask: Ask, answer: Answer, request: Request) -> AsyncGenerator[list[str]]:
         """Yield the chunks of an answer, those that are there together; who stops frees its rows.
 
-        Raises `TimeoutError` after `config.timeout` seconds, and what the engine says.
+        Without a stream they come when a completion has ended. Raises `TimeoutError` after
+        `config.timeout` seconds, `Gone` when the client goes, and what the engine says.
         """
-        queue, jobs = self.begin(ask, answer)
+        inbox = Inbox(at_once=ask.stream)
+        hears = [partial(inbox.put, place) for place in range(len(answer.prompts))]
+        jobs = self.engine.submit(answer.prompts, hears, ask.top, ask.traced)
         late = TimeoutError(f"The request took more than {self.config.timeout:g} s.")
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(self.config.timeout, queue.put_nowait, (0, late))
+        timer = asyncio.get_running_loop().call_later(self.config.timeout, inbox.put, 0, late)
+        watch = asyncio.ensure_future(tell_when_gone(request, inbox))
         try:
             while not answer.done:
-                told = [await queue.get()]
-                while not queue.empty():
-                    told.append(queue.get_nowait())
-                chunks: list[dict[str, Any]] = []
-                for place, news in told:
-                    if isinstance(news, Exception):
-                        raise news
-                    chunks += filter(None, [answer.add(place, news)])
-                if chunks:
-                    yield chunks
+                chunks = []
+                for place, told in await inbox.take():
+                    if isinstance(told, Exception):
+                        raise told
+                    chunks.append(answer.add(place, told))
+                if any(chunks):
+                    yield [chunk for chunk in chunks if chunk]
         finally:
             timer.cancel()
+            watch.cancel()
             if not answer.done:
                 self.engine.cancel(jobs)
 
     async def complete(self, body: ChatBody | TextBody, request: Request) -> Response:
         """Answer a request, as a stream or in one piece."""
-        ask, answer = await run_in_threadpool(self.prepare, body)
-        chunks = self.chunks(ask, answer)
-        if ask.stream:
-            first = await anext(chunks)  # what is wrong by now is an error with a status
-            events = self._events(ask, answer, first, chunks)
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        gone = asyncio.ensure_future(_gone(request))
-        done = asyncio.ensure_future(_drain(chunks))
+        if int(request.headers.get("content-length", AT_ONCE)) < AT_ONCE:
+            ask, answer = self.prepare(body)
+        else:
+            ask, answer = await run_in_threadpool(self.prepare, body)
+        chunks = self.chunks(ask, answer, request)
         try:
-            await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
-            if not done.done():
-                return Response(status_code=499)  # nobody is there to read it
-            await done
-            return JSONResponse(answer.whole())
-        finally:
-            for task in (gone, done):
-                task.cancel()
-            await asyncio.gather(gone, done, return_exceptions=True)
+            if ask.stream:
+                first = await anext(chunks)  # what is wrong by now is an error with a status
+                return EventStream(self._events(ask, answer, first, chunks))
+            async for _ in chunks:
+                pass
+        except Gone:
+            return Response(status_code=499)  # nobody is there to read it
+        return JSONResponse(answer.whole())
 
     async def _events(
-        self, ask: Ask, answer: Answer, first: list[dict[str, Any]], chunks: Any
-    ) -> AsyncIterator[str]:
+        self, ask: Ask, answer: Answer, first: list[str], chunks: AsyncGenerator[list[str]]
+    ) -> AsyncGenerator[str]:
         """Yield server-sent events; an error in the middle of a stream is its last event."""
-        extra = {"usage": None} if ask.include_usage else {}
         try:
-            yield "".join(_event(chunk | extra) for chunk in first)
+            yield _events_of(first)
             async for some in chunks:
-                yield "".join(_event(chunk | extra) for chunk in some)
+                yield _events_of(some)
             if ask.include_usage:
-                yield _event(answer.usage_chunk())
+                yield _events_of([answer.usage_chunk()])
         except (TruelineError, TimeoutError) as error:
             _, content = describe(error)
-            yield _event(content)
+            yield _events_of([to_json(content)])
         finally:
             await chunks.aclose()
-        yield "data: [DONE]\n\n"
+        yield _events_of(["[DONE]"])
 
 
-def build_app(model: LanguageModel, config: ServeConfig) -> FastAPI:
-    """Return the application of a model; its engine runs while the application does."""
-    server = Server(model, config)
+def build_app(model: LanguageModel, config: ServeConfig, link: Link | None = None) -> FastAPI:
+    """Return the application of a model; its engine works while the application does.
+
+    `link` is the way to the engine: by default a thread of this process.
+    """
+    server = Server(model, config, link or ThreadLink(model, config))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loop = asyncio.get_running_loop()
-
-        def deliver(news: list[News]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(tell_all, news)
-
-        server.engine.deliver = deliver
-        server.engine.start()
+        server.engine.order = await server.link.open(server.engine.take)
         yield
-        await run_in_threadpool(server.engine.stop)
+        await server.link.close()
 
     app = FastAPI(title="Trueline", version=__version__, lifespan=lifespan)
     app.state.server = server
@@ -280,17 +267,5 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, no_route)
 
 
-async def _drain(chunks: AsyncIterator[Any]) -> None:
-    async with contextlib.aclosing(chunks) as open_chunks:  # type: ignore[type-var]
-        async for _ in open_chunks:
-            pass
-
-
-async def _gone(request: Request) -> None:
-    """Return when the client has gone."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
+def _events_of(contents: list[str]) -> str:
+    return "".join(f"data: {content}\n\n" for content in contents)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trueline.errors import ConfigError, DataError, suggestion
-from trueline.methods import Plain
+from trueline.methods import METHODS, Plain, method_values
 from trueline.server.bodies import Body, ChatBody, TextBody, check_texts
 from trueline.server.config import ServeConfig, method_of
 from trueline.types import Method, Request, SamplingParams
@@ -108,15 +107,17 @@ def method_for(
     if allowed in ("presets", "nothing"):
         more = " Ask for one of the models in /v1/models." if config.presets else ""
         raise ConfigError(f"The server's method is fixed; `alignment` is not for clients.{more}")
-    if own is None or fields.get("method", own.name) != own.name:
+    name = fields.get("method", own.name if own is not None else None)
+    if own is None or name != own.name:
         if allowed == "settings" and own is not None:
             raise ConfigError(
                 f'The server\'s method is "{own.name}", and clients may change its settings only.'
             )
+        if isinstance(name, str) and name not in METHODS:  # no code that a client names is run
+            raise ConfigError(f'Unknown method "{name}".{suggestion(name, METHODS)}')
         return method_of(fields)
-    held = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}  # type: ignore[arg-type]
     given = {k: v for k, v in fields.items() if k != "method"}
-    return method_of({"method": own.name, **held, **given})
+    return method_of({"method": type(own), **method_values(own), **given})
 
 
 def sampling_for(body: Body, held: Mapping[str, Any], config: ServeConfig) -> SamplingParams:

@@ -161,14 +161,14 @@ def _text(path: str | Path) -> str:
 
 
 def method_of(fields: Mapping[str, Any]) -> Method:
-    """Return the method that a table names: `method` and its fields, a principle alone means
-    Linear Alignment.
+    """Return the method that a table names: `method` (or its class) and its fields, a principle
+    alone means Linear Alignment.
 
     Raises `ConfigError` for an unknown name or field, or a value out of range.
     """
     fields = dict(fields)
     name = fields.pop("method", "linear-alignment" if "principle" in fields else "plain")
-    if not isinstance(name, str):
+    if not isinstance(name, (str, type)):
         raise ConfigError(f"`method` must be a name, got {name!r}.")
     if isinstance(pairs := fields.get("principles"), list):
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
