@@ -2,12 +2,12 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS := adapters,plots,device-map,train,lm-eval,inspect,serve,gguf,dev
+EXTRAS := adapters,plots,device-map,train,lm-eval,inspect,serve,gguf,docs,dev
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: demo demo-real test bounds check format install browser clean
+.PHONY: demo demo-real test bounds check format docs install browser clean
 
 demo: $(READY)  ## measure both methods on the bundled model; tables and a picture in demo/
 	$(BIN)/trueline demo --output demo
@@ -37,6 +37,9 @@ check: $(READY)  ## lint, format and types, changing nothing
 format: $(READY)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)  ## the documentation as a site, without network; into out/docs/site
+	$(BIN)/python docs/build.py out/docs
 
 install: $(READY)  ## the environment alone
 

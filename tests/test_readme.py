@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted(
     path
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/*/README.md"),
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/*/README.md"),
                  ROOT / "benchmarks" / "README.md"]
     if path.is_file()
 )  # fmt: skip
@@ -37,7 +38,8 @@ def commands(path: Path) -> list[list[str]]:
     """The words of each call of `trueline` in the page's blocks of shell."""
     lines = [
         line.split("  #")[0]
-        for _, code in blocks(path, "sh")
+        for about, code in blocks(path, "sh")
+        if about != "error"
         for line in code.replace("\\\n", " ").splitlines()
     ]
     return [shlex.split(line)[1:] for line in lines if line.startswith("trueline ")]
@@ -117,46 +119,90 @@ def test_the_readmes_python_runs_in_its_order(folder, capsys, monkeypatch):
     assert (folder / "adapters" / "one" / "adapter_model.safetensors").exists()
 
 
-def test_a_method_of_ones_own_runs_as_its_page_says(folder, capsys, monkeypatch):
-    page = ROOT / "docs" / "methods.md"
+AS_THEY_STAND = [
+    page
+    for page in PAGES
+    if page.parent.name in ("methods", "how-to") or ids(page) in ("docs/speed.md",)
+]
+"""Pages whose blocks of Python run in their order, in a folder of prompts."""
+ELSEWHERE = {"README.md": 2, "docs/serving.md": 1, "docs/training.md": 3}
+"""Blocks of Python that run above, in test_server, test_distillation and test_o_lora_trainer."""
+
+
+@pytest.mark.parametrize("page", AS_THEY_STAND, ids=ids)
+def test_a_pages_python_runs_in_its_order(page, folder, capsys, monkeypatch):
+    from trueline.train.keep import KEEP
+
+    monkeypatch.syspath_prepend(folder)
+    names: dict = {"__name__": "page"}
+    before = dict(KEEP)
+    try:
+        for about, code in blocks(page, "python"):
+            if about.startswith("file="):
+                Path(about.removeprefix("file=")).write_text(code)
+            exec(compile(code, page.name, "exec"), names)
+    finally:
+        KEEP.clear()
+        KEEP.update(before)
+    if page.name == "speed.md":
+        assert len(names["answers"]) == 2
+
+
+def test_a_method_of_ones_own_is_called_as_its_page_says(folder, capsys, monkeypatch):
+    page = ROOT / "docs/how-to/method.md"
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    for about, code in blocks(page, "python"):
-        if about.startswith("file="):
-            Path(about.removeprefix("file=")).write_text(code)
-        exec(compile(code, "methods.md", "exec"), {"__name__": "__main__"})
+    Path("away.py").write_text(dict(blocks(page, "python"))["file=away.py"])
     for words in commands(page):
         assert main(words) == 0, words
     assert "How far: 0 is the plain model" in capsys.readouterr().out
 
 
-RUN = {
-    "README.md": 2,
-    "docs/methods.md": 2,
-    "docs/serving.md": 1,
-    "docs/speed.md": 2,
-    "docs/training.md": 3,
-}
-"""Blocks of Python that are run: here, in test_distillation, test_o_lora_trainer, test_server."""
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_block_of_python_is_run_somewhere(page):
+    if page not in AS_THEY_STAND:
+        assert len(blocks(page, "python")) == ELSEWHERE.get(ids(page), 0)
+
+
+TROUBLE = ROOT / "docs/troubleshooting.md"
+
+
+def troubles() -> list[tuple[str, str]]:
+    """Each command of the page that is to fail, and the message that it is to fail with."""
+    text = TROUBLE.read_text(encoding="utf-8")
+    return re.findall(r"^```sh error\ntrueline (.*)\n```\n+```text\n(.*)\n```", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("command", "message"), troubles())
+def test_an_error_reads_as_its_page_says(command, message, folder, capsys):
+    Path("base").mkdir()
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    Path("typo.jsonl").write_text('{"prompt": "What is the moon?"}\n{"promt": "And the sun?"}\n')
+    assert main(shlex.split(command)) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert f"error: {message}" in said or (command.endswith("mine") and message in said)
+
+
+def test_every_message_of_the_page_is_tried():
+    assert len(troubles()) == len(blocks(TROUBLE, "sh")) >= 12
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_every_block_of_python_is_run_somewhere(page):
-    assert len(blocks(page, "python")) == RUN.get(ids(page), 0)
+def test_every_block_of_toml_is_read(page):
+    from trueline.jobs.projects import AlignConfig
 
-
-def test_decoding_in_python_runs_as_its_page_says(capsys):
-    for _, code in blocks(ROOT / "docs" / "speed.md", "python"):
-        told: dict = {}
-        exec(compile(code, "speed.md", "exec"), told)
-    assert capsys.readouterr().out.strip()
-    assert len(told["answers"]) == 2
+    for _, code in blocks(page, "toml"):
+        found = tomllib.loads(code)
+        if "principle" in found and isinstance(found["principle"], list):
+            assert AlignConfig.of(found, page.name, ".").principles
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_every_command_can_be_given(page, folder):
     """Those that a test cannot run, for they need a model or hours, are parsed."""
-    own = dict(blocks(ROOT / "docs/methods.md", "python"))["file=away.py"]
+    own = dict(blocks(ROOT / "docs/how-to/method.md", "python"))["file=away.py"]
     (folder / "away.py").write_text(own)
     for words in commands(page):
         args = build_parser(words).parse_args(words)
@@ -185,6 +231,36 @@ def test_every_room_is_described():
         room = path.parent.relative_to(ROOT / "src/trueline").as_posix()
         if room not in (".", "train"):
             assert f"`{room}/`" in table, f"{room} has no row in docs/architecture.md"
+
+
+@pytest.mark.parametrize("name", ["tutorial", "tutorial-real"])
+def test_a_notebook_runs(name, folder):
+    """With the bundled model and few prompts, put behind the cell of its parameters."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    few = {"model": "tiny", "limit": 2, "answers": 16, "questions": 4, "tokens": 4}
+    book = nbformat.read(ROOT / f"docs/{name}.ipynb", 4)
+    nbformat.validate(book)
+    places = [i for i, c in enumerate(book.cells) if "parameters" in c.metadata.get("tags", [])]
+    own = [line.split(" = ")[0] for line in book.cells[places[0]].source.splitlines()]
+    code = "\n".join(f"{key} = {few[key]!r}" for key in own)
+    book.cells.insert(places[0] + 1, nbformat.v4.new_code_cell(code))
+    nbclient.NotebookClient(book, timeout=120, resources={"metadata": {"path": "."}}).execute()
+    assert any(folder.glob("*/verdict.json"))
+
+
+@pytest.mark.parametrize("name", ["tutorial", "tutorial-real"])
+def test_a_notebook_shows_what_it_printed(name):
+    book = json.loads((ROOT / f"docs/{name}.ipynb").read_text())
+    cells = [c for c in book["cells"] if c["cell_type"] == "code"]
+    assert sum(bool(c["outputs"]) for c in cells) >= 5
+    said = json.dumps([c["outputs"] for c in cells])
+    assert '"output_type": "error"' not in said
+    assert "/work/" not in said
+    words = ["".join(c["source"]) for c in book["cells"] if c["cell_type"] == "markdown"]
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", "\n".join(words))
+    assert links
+    assert all((ROOT / "docs" / link).exists() for link in links)
 
 
 def test_every_method_has_a_row():
