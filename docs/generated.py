@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-os.environ["COLUMNS"] = "88"  # of argparse's help
-
 import trueline
 from trueline.cli import COMMANDS, build_parser
 from trueline.settings.options import field_docs
@@ -72,7 +70,18 @@ def pages() -> dict[str, str]:
 
 
 def cli_page() -> str:
-    """Return the help of every command."""
+    """Return the help of every command, 88 columns wide."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "88"
+    try:
+        return _helps()
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _helps() -> str:
     parser = build_parser(complete=True)
     commands = next(a for a in parser._actions if a.choices)
     parts = ["# Command line", "What `trueline COMMAND --help` prints."]

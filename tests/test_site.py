@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from html import unescape
 from html.parser import HTMLParser
@@ -46,10 +44,9 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(made_once):
     def make(folder):
-        words = [sys.executable, str(ROOT / "docs/build.py"), str(folder)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONWARNINGS": ""}
-        done = subprocess.run(words, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(ROOT / "docs")
+            importlib.import_module("build").build(folder)
 
     return made_once("site", make) / "site"
 
