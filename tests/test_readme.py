@@ -76,6 +76,7 @@ def test_the_readme_is_short():
 FEW = {
     "distil": ["--steps", "1", "--batch-size", "2"],
     "stack": ["--batch-size", "2"],
+    "eval": ["--limit", "6"],
     "align": [
         "--set",
         "answers=4",
@@ -99,7 +100,7 @@ FEW = {
         ),
     ],
 }
-"""What makes training short."""
+"""What makes a command short."""
 
 
 def test_the_readmes_commands_run_in_their_order(folder, capsys, monkeypatch):
