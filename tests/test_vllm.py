@@ -12,6 +12,7 @@ import json
 import random
 import re
 import shutil
+import types
 import warnings
 
 import pytest
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's own, while it is imported
-    from trueline.engine.vllm.processors import GroupProcessor
+    from trueline.engine.vllm.processors import GroupProcessor, GroupProcessorV2
     from trueline.engine.vllm.scheduler import GroupError, check_config
 
 PRINCIPLE = "Talk like a pirate."
@@ -103,7 +104,9 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def tight():
-    return load_model("tiny", engine="vllm", engine_options=TIGHT)
+    model = load_model("tiny", engine="vllm", engine_options=TIGHT)
+    Decoder(model)  # starts it
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -399,3 +402,124 @@ class TestRefused:
     def test_what_needs_a_forward(self, tight):
         with pytest.raises(ModelError, match="leave out --engine"):
             tight.model(torch.ones(1, 2, dtype=torch.long))
+
+
+class TestWithTwoStepsUnderWay:
+    """Asynchronous scheduling, which vLLM turns off on a CPU: the scheduler alone, fed by hand."""
+
+    LENGTHS = (((40, 9), 6), ((3, 90, 30), 12), ((70,), 4), ((25, 26), 9), ((1, 50), 7))
+
+    def run(self, own, ends: dict[str, int]) -> tuple[dict[str, list[int]], int]:
+        """Return the tokens of every engine request, and how many steps ran ahead of another."""
+        from vllm import SamplingParams as EngineParams
+        from vllm.v1.outputs import ModelRunnerOutput
+        from vllm.v1.request import Request as EngineRequest
+
+        scheduler, found, ahead = own.running.scheduler, {}, 0
+        hasher = own.running.engine.engine_core.engine_core.request_block_hasher
+        for i, (lengths, tokens) in enumerate(self.LENGTHS):
+            method = METHODS[(0, 1, 5)[len(lengths) - 1]]
+            plan = Plan(f"a{i}", len(lengths), method, SamplingParams(), 0, tokens)
+            for k, length in enumerate(lengths):
+                params = EngineParams(
+                    max_tokens=tokens, stop_token_ids=[2], extra_args={KEY: Share(plan, k)}
+                )
+                ids = list(range(10, 10 + length))
+                name = f"a{i}-{k}"
+                scheduler.add_request(EngineRequest(name, ids, params, None, block_hasher=hasher))
+                found[f"a{i}-{k}"] = []
+        under_way = []
+        while scheduler.has_unfinished_requests() or under_way:
+            output = scheduler.schedule()
+            names = list(output.num_scheduled_tokens)
+            # After the step is planned a member that samples has nothing left to compute.
+            samples = [n for n in names if not scheduler.requests[n].is_prefill_chunk]
+            if names or not under_way:
+                under_way.append((output, names, samples))
+            ahead += len(under_way) == 2
+            if len(under_way) == 2 or not names:
+                output, names, samples = under_way.pop(0)
+                tokens = []
+                for name in names:
+                    group = name.split("-")[0]
+                    count = len(found[name])
+                    ended = found[name][-1:] == [2]
+                    if name in samples and not ended:
+                        found[name].append(2 if ends.get(group) == count else 100 + count)
+                    tokens.append([found[name][-1] if found[name] else 7] * (name in samples))
+                rows = {name: row for row, name in enumerate(names)}
+                scheduler.update_from_output(
+                    output, ModelRunnerOutput(names, rows, sampled_token_ids=tokens)
+                )
+        return found, ahead
+
+    @pytest.mark.parametrize("ends", [{}, {"a0": 2, "a1": 0, "a3": 5}])
+    def test_members_stay_in_step(self, tight, ends):
+        found, ahead = self.run(tight, ends)
+        for i, (lengths, tokens) in enumerate(self.LENGTHS):
+            own = [found[f"a{i}-{k}"] for k in range(len(lengths))]
+            wanted = [100 + n for n in range(tokens)]
+            if (end := ends.get(f"a{i}")) is not None:
+                wanted = [*wanted[:end], 2]
+            assert own == [wanted] * len(lengths)
+        assert ahead > 10
+        assert tight.running.scheduler.split_steps == 0
+
+
+def test_the_processor_of_model_runner_v2_by_its_interface():
+    """Fed by hand, as that runner would: slots, rows in any order, and chunks of prompts."""
+    import numpy as np
+    from vllm import SamplingParams as EngineParams
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
+
+    prompts = types.SimpleNamespace(np=np.array([5, 9, 4, 30, 0, 0]))
+    states = types.SimpleNamespace(device=torch.device("cpu"), prompt_len=prompts)
+    processor = GroupProcessorV2(None, states)
+    plan = Plan("v", 2, METHODS[1], SamplingParams(8), 0, 8)
+    other = Plan("w", 1, Plain(), SamplingParams(8), 0, 8)
+    for slot, share in ((0, Share(plan, 0)), (2, Share(plan, 1)), (3, Share(other, 0))):
+        assert processor.add_request(slot, EngineParams(extra_args={KEY: share}))
+    assert not processor.add_request(1, EngineParams())
+    z = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    before = z.clone()
+    empty = torch.empty(0)
+    slots = np.array([2, 1, 3, 0])
+    # Slot 3 has computed 20 of its 30 prompt tokens; 0 and 2 are at their second token.
+    context = LogitsContext(empty, empty, slots, empty, empty, empty, np.array([5, 9, 20, 6]))
+    assert processor.apply(z, context) is z
+    token = int(METHODS[1].combine(before[[3, 0]][None]).argmax())
+    assert z[[0, 3]].argmax(-1).tolist() == [token, token]
+    assert torch.equal(z[1:3], before[1:3])
+
+
+class TestCommand:
+    def test_generate_answers_and_files(self, tmp_path, capsys):
+        from trueline.cli import main
+
+        options = [f"--engine-option={k}={json.dumps(v)}" for k, v in ROOMY.items()]
+        own = ["--method", "linear-alignment", "--principle", PRINCIPLE, "--max-new-tokens", "12"]
+        texts = {}
+        rows = [json.dumps({"id": i, "prompt": q}) for i, q in enumerate(QUESTIONS)]
+        (tmp_path / "in.jsonl").write_text("\n".join(rows))
+        for engine in ("torch", "vllm"):
+            more = ["--engine", engine, *(options if engine == "vllm" else [])]
+            main(["generate", QUESTIONS[1], "--json", *own, *more])
+            single = json.loads(capsys.readouterr().out)["token_ids"]
+            output = tmp_path / f"{engine}.jsonl"
+            files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(output)]
+            main(["generate", *files, *own, *more])
+            found = [json.loads(line) for line in output.read_text().splitlines()]
+            texts[engine] = single, [(r["id"], r["token_ids"]) for r in found]
+        assert texts["vllm"] == texts["torch"]
+        assert json.loads((tmp_path / "vllm.jsonl.run.json").read_text())
+
+    def test_what_is_wrong_is_one_line(self, capsys):
+        from trueline.cli import main
+
+        for more, text in (
+            (["--engine", "vllm", "--engine-option", "max_num_seqs"], "NAME=VALUE"),
+            (["--engine-option", "max_num_seqs=3"], "vLLM's"),
+            (["--engine", "vllm", "--device", "cpu"], "`device` is PyTorch's"),
+        ):
+            assert main(["generate", "Hi", *more]) == 2
+            assert text in capsys.readouterr().err
