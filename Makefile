@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: demo demo-real test bounds vllm check format docs install browser clean
+.PHONY: demo demo-real test bounds vllm check format docs package install browser clean
 
 demo: $(READY)  ## measure both methods on the bundled model; tables and a picture in demo/
 	$(BIN)/trueline demo --output demo
@@ -54,6 +54,11 @@ format: $(READY)  ## let ruff mend what it can
 docs: $(READY)  ## the documentation as a site, without network; into out/docs/site
 	$(BIN)/python docs/build.py out/docs
 
+package: $(READY)  ## wheel and sdist in dist/, each installed into an environment of its own, and used there
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist >/dev/null
+	for file in dist/*.whl dist/*.tar.gz; do sh tests/package.sh $(BIN)/python $$file || exit 1; done
+
 install: $(READY)  ## the environment alone
 
 $(READY): pyproject.toml constraints.txt
@@ -65,4 +70,4 @@ browser:  ## Chromium for the tests of the page, from Debian's packages; needs r
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -yqq chromium; }
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) $(VLLM) .bounds demo demo-real
+	rm -rf $(VENV) $(VLLM) .bounds dist build demo demo-real
