@@ -245,9 +245,9 @@ def record_shapes(monkeypatch) -> list[tuple[int, int]]:
     shapes: list[tuple[int, int]] = []
     call = Batch._call
 
-    def counted(self, ids, positions):
+    def counted(self, ids, positions, count=1):
         shapes.append(tuple(ids.shape))
-        return call(self, ids, positions)
+        return call(self, ids, positions, count)
 
     monkeypatch.setattr(Batch, "_call", counted)
     return shapes

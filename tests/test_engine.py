@@ -152,8 +152,8 @@ class TestJoining:
         widths = []
         call = Batch._call
 
-        def spy(self, ids, positions):
-            logits = call(self, ids, positions)
+        def spy(self, ids, positions, count=1):
+            logits = call(self, ids, positions, count)
             widths.append(self.cache.get_seq_length())
             return logits
 

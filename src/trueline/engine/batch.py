@@ -42,21 +42,40 @@ class Batch:
         start = self.cache.get_seq_length()
         logits = self._call(self.ids[:, start:], self.positions[:, start:])
         self.positions = self.positions[:, -1:]
-        return logits
+        return logits[:, -1]
 
-    def forward(self, tokens: list[int], idle: Sequence[int] = ()) -> Tensor:
-        """Feed one token to every row and return the next logits (row, vocab).
+    def forward(self, tokens: list[list[int]], idle: Sequence[int] = ()) -> Tensor:
+        """Feed tokens (row, time) and return the logits (row, time, vocab) behind each of them.
 
         `idle` rows wait for `join` to write over them: they grow no longer.
         """
-        ids = torch.tensor(tokens, device=self.mask.device)[:, None]
-        self.positions = self.positions + 1
-        self.lengths = [length + 1 for length in self.lengths]
+        ids, count = torch.tensor(tokens, device=self.mask.device), len(tokens[0])
+        positions = self.positions + torch.arange(1, count + 1, device=self.mask.device)
+        self.lengths = [length + count for length in self.lengths]
         for row in idle:
-            self.positions[row], self.lengths[row] = 0, 1
+            positions[row], self.lengths[row] = 0, 1
+        if count > 1 and self.model.max_positions is not None:
+            positions = positions.clamp(max=self.model.max_positions - 1)  # `keep` drops those
+        self.positions = positions[:, -1:]
         if self.padded:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        return self._call(ids, self.positions)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(ids.shape)], dim=1)
+        return self._call(ids, positions, count)
+
+    def keep(self, counts: list[int], of: int) -> None:
+        """Take back all but the first counts[row] of the `of` tokens that were fed last.
+
+        Every row ends at the last column again: rows that keep fewer move to the right.
+        """
+        if min(counts) == of:
+            return
+        drop, most = [of - count for count in counts], max(counts)
+        self.lengths = [length - n for length, n in zip(self.lengths, drop, strict=True)]
+        shifts, width = [most - count for count in counts], max(self.lengths)
+        for layer in self.cache.layers:
+            cast(GrowingLayer, layer).take_back(of - most, shifts, width)
+        lengths = torch.tensor(self.lengths, device=self.mask.device)
+        self.positions = lengths[:, None] - 1
+        self._mask(lengths, width)
 
     def select(self, rows: list[int]) -> None:
         """Keep the given rows, which may repeat."""
@@ -84,12 +103,17 @@ class Batch:
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             cast(GrowingLayer, mine).join(cast(GrowingLayer, theirs), places, rows, width)
         lengths = torch.tensor(self.lengths, device=self.mask.device)
+        self._mask(lengths, width)
+        return places
+
+    def _mask(self, lengths: Tensor, width: int) -> None:
+        """Mask all but the last columns of each row, as many as its length."""
         columns = torch.arange(width, 0, -1, device=self.mask.device)
         self.mask = (columns <= lengths[:, None]).to(self.mask)
         self.padded = min(self.lengths) < width
-        return places
 
-    def _call(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _call(self, ids: Tensor, positions: Tensor, count: int = 1) -> Tensor:
+        """Return the logits (row, time, vocab) behind the last `count` of the ids."""
         names = self.model.forward_names
         options: dict[str, Any] = {self.model.cache_name: self.cache, "use_cache": True}
         if self.padded:
@@ -97,6 +121,6 @@ class Batch:
         if "position_ids" in names:
             options["position_ids"] = positions
         if "logits_to_keep" in names:
-            options["logits_to_keep"] = 1
+            options["logits_to_keep"] = count
         options |= self.model.adapter_options(self.adapters)
-        return self.model.model(ids, **options).logits[:, -1].float()
+        return self.model.model(ids, **options).logits[:, -count:].float()

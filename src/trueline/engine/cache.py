@@ -67,6 +67,18 @@ class GrowingLayer(DynamicLayer):
             buffer[places, :, end - theirs : end] = states.to(buffer)
         self._use(width)
 
+    def take_back(self, count: int, shifts: list[int], width: int) -> None:
+        """Drop the last `count` columns, move each row right by its shift, keep `width` columns."""
+        self._use(self.get_seq_length() - count)
+        assert self.buffers is not None
+        end = self.start + self.get_seq_length()
+        for row, shift in enumerate(shifts):
+            for buffer in self.buffers if shift else ():
+                own = buffer[row, :, self.start : end]
+                own[:, shift:] = own[:, :-shift].clone()
+        self.start = end - width
+        self._use(width)
+
     def _renew(
         self, keys: torch.Tensor, values: torch.Tensor, rows: int, columns: int, lead: int
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -102,11 +102,14 @@ class Group:
     places: dict[Draft, dict[int, int]] = field(default_factory=dict)
 
 
-def groups_of(rows: Rows) -> list[Group]:
-    """Gather live completions by method, number of live branches and how tokens are chosen."""
+def groups_of(rows: Rows, only: Collection[Draft] | None = None) -> list[Group]:
+    """Gather live completions by method, number of live branches and how tokens are chosen.
+
+    Of the completions `only`, if given, count.
+    """
     groups: dict[Any, Group] = {}
     for row, (draft, branch) in enumerate(rows):
-        if not draft.runs(branch):
+        if not draft.runs(branch) or (only is not None and draft not in only):
             continue
         prompt = draft.ticket.prompt
         key = kind_of(prompt.method, prompt.sampling, len(draft.branches))

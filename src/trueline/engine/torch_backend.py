@@ -25,6 +25,7 @@ from trueline.engine.encoding import Encoder
 from trueline.engine.protocol import Continuation, Prompt, Step, Ticket
 from trueline.engine.scheduler import Admission, Scheduler
 from trueline.engine.scoring import score
+from trueline.engine.speculation import Proposals, speculation_of
 from trueline.models.load import LanguageModel
 from trueline.models.prompts import check_length, system_prefix
 from trueline.types import Message
@@ -57,6 +58,7 @@ class TorchBackend(Encoder):
         self.scheduler = Scheduler(batch_size, admission)
         self.share_prefixes, self.keep_turns = share_prefixes, keep_turns
         self.store = PrefixStore()
+        self.speculation = speculation_of(model)
         self.batch: Batch | None = None
         self.rows: Rows = []
         self._prefix_of = lru_cache(maxsize=256)(self._find_prefix)
@@ -91,16 +93,13 @@ class TorchBackend(Encoder):
         return score(self.model, items, rows=rows)
 
     def _step(self) -> list[Step]:
-        logits = self._forward()
-        if begun := self.scheduler.admit():
+        begun = self.scheduler.admit()
+        proposals, logits = self._forward(joined=bool(begun))
+        if begun:
             logits = self._admit(begun, logits)
-        steps: list[Step] = []
         if logits is None:
-            return steps
-        groups = groups_of(self.rows)
-        for group in groups:
-            whole = group.rows == list(range(len(self.rows)))
-            steps += choose(self.model, group.drafts, logits if whole else logits[group.rows])
+            return []
+        steps = self._choose(logits, proposals)
         if self.keep_turns:
             self._store_turns()
         under_way = {draft.ticket for draft, branch in self.rows if draft.runs(branch)}
@@ -108,32 +107,62 @@ class TorchBackend(Encoder):
             self.scheduler.end(ticket)
         return steps
 
-    def _forward(self) -> Tensor | None:
-        """Feed every completion's last token; rows that are free stay only if they fill soon."""
+    def _choose(self, logits: Tensor, proposals: Proposals) -> list[Step]:
+        """Choose the tokens behind each row's last one, and behind proposals while they hold."""
+        assert self.batch is not None
+        going = {draft: len(draft.token_ids) for draft, branch in self.rows if draft.runs(branch)}
+        before, steps = dict(going), list[Step]()
+        for time in range(logits.shape[1]):
+            for group in groups_of(self.rows, going):
+                whole = group.rows == list(range(len(self.rows)))
+                z = logits[:, time] if whole else logits[group.rows, time]
+                steps += choose(self.model, group.drafts, z)
+            for draft in list(going):
+                ahead = proposals.get(draft, ())[time : time + 1]
+                if draft.finish_reason is not None or ahead != draft.token_ids[-1:]:
+                    del going[draft]
+        if self.speculation is not None:
+            self.speculation.learn()
+        if logits.shape[1] > 1:
+            counts = [len(draft.token_ids) - before[draft] for draft, _ in self.rows]
+            self.batch.keep(counts, logits.shape[1])
+        return steps
+
+    def _forward(self, *, joined: bool) -> tuple[Proposals, Tensor | None]:
+        """Feed every completion's last token, and proposals behind it if no others join.
+
+        Rows that are free stay only if they fill soon.
+        """
         kept = [i for i, (draft, branch) in enumerate(self.rows) if draft.runs(branch)]
         if not kept or self.batch is None:
             self.batch, self.rows = None, []
-            return None
+            return {}, None
         idle: list[int] = []
         if len(kept) < len(self.rows):
-            if self.scheduler.refills and 4 * len(kept) >= 3 * len(self.rows):
+            if (joined or self.scheduler.refills) and 4 * len(kept) >= 3 * len(self.rows):
                 idle = sorted(set(range(len(self.rows))) - set(kept))
             else:
                 self.batch.select(kept)
                 self.rows = [self.rows[i] for i in kept]
-        return self.batch.forward([draft.token_ids[-1] for draft, _ in self.rows], idle)
+        proposals: Proposals = {}
+        if self.speculation is not None and not joined and not idle:
+            proposals = self.speculation.propose(list({d: 0 for d, _ in self.rows}), len(self.rows))
+        fed = [[draft.token_ids[-1], *proposals.get(draft, ())] for draft, _ in self.rows]
+        most = max(map(len, fed))
+        fed = [own + [self.model.pad_token_id] * (most - len(own)) for own in fed]
+        return proposals, self.batch.forward(fed, idle)
 
     def _admit(self, begun: Sequence[Ticket], logits: Tensor | None) -> Tensor:
         """Prefill requests, join them to what is under way, and return the logits of all rows."""
         batch, rows, new = self._prefill(begun)
         if logits is None or self.batch is None:
             self.batch, self.rows = batch, rows
-            return new
+            return new[:, None]
         free = [i for i, (draft, branch) in enumerate(self.rows) if not draft.runs(branch)]
         places = self.batch.join(batch, free)
         more = len(self.batch.lengths) - len(self.rows)
-        logits = torch.cat([logits, new[:more]])
-        logits[places] = new
+        logits = torch.cat([logits, new[:more, None]])
+        logits[places] = new[:, None]
         self.rows = self.rows + rows[:more]
         for place, row in zip(places, rows, strict=True):
             self.rows[place] = row

@@ -7,15 +7,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from trueline.errors import ModelError
+from trueline.errors import ConfigError, ModelError
 from trueline.models.adapter import BASE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOOKUP = "lookup"
+"""The way to decode ahead that needs no second model."""
 
 
 @dataclass
@@ -35,6 +38,9 @@ class LanguageModel:
     """Keep the system text that the template puts in where a chat has none; off, it is empty."""
     adapters: tuple[str, ...] = ()
     """Names of adapters for requests that ask for them; for others they are off."""
+    speculate: LanguageModel | Literal["lookup"] | None = None
+    """Decode ahead (`trueline.engine.speculation`): by prompt lookup, or with a draft model. Texts
+    stay what they are but for rounding."""
     folder: Path | None = field(default=None, repr=False)
     """Where its files are; None on the hub, or where it was made in memory."""
     adapter_folders: dict[str, Path] = field(default_factory=dict, repr=False)
@@ -55,6 +61,16 @@ class LanguageModel:
                 "unequal length would corrupt. Give a model with full or sliding-window attention."
             )
         self.model.eval()
+        if isinstance(self.speculate, LanguageModel):
+            self._check_draft(self.speculate)
+
+    def _check_draft(self, draft: LanguageModel) -> None:
+        """Raise `ConfigError` unless both models give every token the same id."""
+        if self.tokenizer.get_vocab() != draft.tokenizer.get_vocab():
+            raise ConfigError(
+                f'Draft model "{draft.name}" has another tokenizer than "{self.name}" '
+                f'(`speculate`). Give a smaller model of the same family, or "{LOOKUP}".'
+            )
 
     @property
     def text_config(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,6 +15,7 @@ from trueline.models.adapter import BASE, check_adapter, find_adapter, put_adapt
 from trueline.models.checkpoint import read_config, read_tokenizer, read_weights, skeleton
 from trueline.models.device import check_dtype, find_device, find_dtype
 from trueline.models.hub import LOADING, Place, one_line
+from trueline.models.language import LOOKUP
 from trueline.models.language import LanguageModel as LanguageModel
 from trueline.models.language import cache_name as cache_name
 from trueline.models.packed import pack_weights
@@ -47,6 +48,7 @@ def load_model(
     packed_weights: bool | None = None,
     engine: str = "torch",
     engine_options: Mapping[str, Any] | None = None,
+    speculate: str | Path | LanguageModel | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Load a causal language model from a folder, the hub, a GGUF file or the package.
@@ -64,21 +66,20 @@ def load_model(
         default_system: See `LanguageModel`.
         revision: A branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the checkpoint.
-        packed_weights: On a CPU, multiply in the way measured to be fastest (`models.products`);
-            None copies weights for it only up to 2 GiB, False leaves all to torch.
+        packed_weights: See `trueline.models.packed`; None copies weights of at most 2 GiB.
         engine: "torch", or "vllm", which loads the weights itself and has `engine_options`.
+        speculate: "lookup", or a smaller model of the same tokenizer; see `LanguageModel`.
         progress: Called as progress("loading NAME", 0 or 1, 1), and while a model is fetched.
 
-    Raises `ConfigError` for an option that is out of range, `ModelError` for what is no model.
+    Raises `ConfigError` for an option out of range, `ModelError` for what is no model.
     """
-    _check_kinds(revision, raw, trust_remote_code, adapters)
+    _check_kinds(revision, raw, trust_remote_code, adapters, speculate)
     target = _checked(name, dtype, device, device_map, adapter, quantize, chat_template)
-    _check_engine(engine, engine_options, device=device, device_map=device_map, quantize=quantize)
+    _check_engine(engine, engine_options, device, device_map, quantize, speculate)
     tell = progress or LOADING.get() or (lambda *_: None)
     tell(f"loading {name}", 0, 1)
     template = _read_template(chat_template)
-    sources = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
-    folders = _adapter_folders(sources)
+    sources, folders = _adapter_folders(adapter, adapters)
     place = find_model(name, revision=revision, trust_remote_code=trust_remote_code, progress=tell)
     about: dict[str, Any] = {"name": str(name), "raw": raw, "default_system": default_system,
         "adapters": tuple(adapters or ()), "folder": place.folder, "adapter_folders": folders,
@@ -86,31 +87,48 @@ def load_model(
     if engine != "torch":
         return _outline(place, target, dtype, template, engine, engine_options, about)
     model, tokenizer = _read(place, target, dtype, device_map, quantize, template)
-    model = _with_adapters(model, sources, folders, str(name))
-    _pack(model, target, packed_weights)
+    model = _equip(model, target, sources, folders, packed_weights, on=str(name))
+    ahead = _draft(speculate, (dtype, device, packed_weights, trust_remote_code), progress)
     tell(f"loading {name}", 1, 1)
-    return _check_mixing(LanguageModel(model, tokenizer, **about))
+    return _check_mixing(LanguageModel(model, tokenizer, **about, speculate=ahead))
 
 
-def _adapter_folders(sources: Mapping[str, str | Path]) -> dict[str, Path]:
-    """Return the folders of adapters, each checked, by what they are called."""
+def _adapter_folders(
+    one: str | Path | None, named: Mapping[str, str | Path] | None
+) -> tuple[dict[str, str], dict[str, Path]]:
+    """Return names and folders of adapters, each checked, by what they are called."""
+    sources = ({} if one is None else {"default": str(one)}) | {
+        called: str(source) for called, source in (named or {}).items()
+    }
     folders = {called: find_adapter(source) for called, source in sources.items()}
     for folder in folders.values():
         check_adapter(folder)
-    return folders
+    return sources, folders
 
 
-def _with_adapters(
-    model: Any, sources: Mapping[str, str | Path], folders: Mapping[str, Path], on: str
+def _equip(
+    model: Any,
+    target: torch.device,
+    sources: Mapping[str, str],
+    folders: Mapping[str, Path],
+    packed: bool | None,
+    on: str,
 ) -> Any:
+    """Return the model with its adapters, and its fast products on a CPU."""
     for called, folder in folders.items():
-        model = put_adapter(model, str(sources[called]), folder, on=on, called=called)
+        model = put_adapter(model, sources[called], folder, on=on, called=called)
+    if packed is not False and target.type == "cpu":
+        pack_weights(model, force=packed is True)
     return model
 
 
-def _pack(model: Any, target: torch.device, packed: bool | None) -> None:
-    if packed is not False and target.type == "cpu":
-        pack_weights(model, force=packed is True)
+def _draft(speculate: Any, options: Sequence[Any], progress: Progress | None) -> Any:
+    """Return how to decode ahead: a draft model loaded if it was given by name."""
+    if speculate is None or isinstance(speculate, LanguageModel) or str(speculate) == LOOKUP:
+        return speculate
+    names = ("dtype", "device", "packed_weights", "trust_remote_code")
+    own = dict(zip(names, options, strict=True))
+    return load_model(speculate, raw=True, progress=progress, **own)
 
 
 def _check_mixing(model: LanguageModel) -> LanguageModel:
@@ -155,8 +173,11 @@ def _checked(
     return find_device(device)
 
 
-def _check_kinds(revision: object, raw: object, trust: object, adapters: object) -> None:
+def _check_kinds(
+    revision: object, raw: object, trust: object, adapters: object, ahead: object
+) -> None:
     """Raise `ConfigError` for options of another kind, and unless adapters come by name."""
+    check_kind("speculate", ahead, (str, Path, LanguageModel, type(None)), "a name")
     check_kind("revision", revision, (str, type(None)), "text")
     check_flag("raw", raw)
     check_flag("trust_remote_code", trust)
@@ -200,7 +221,7 @@ def _read(
     return model, tokenizer
 
 
-def _check_engine(engine: object, options: object, **of_torch: object) -> None:
+def _check_engine(engine: object, options: object, *of_torch: object) -> None:
     """Raise `ConfigError` for an engine that does not exist, and for options that are not its."""
     if engine not in ENGINES:
         raise ConfigError(f'Unknown engine "{engine}". Give {" or ".join(ENGINES)}.')
@@ -209,7 +230,8 @@ def _check_engine(engine: object, options: object, **of_torch: object) -> None:
         if options:
             raise ConfigError('`engine_options` are vLLM\'s. Give them with `engine="vllm"`.')
         return
-    for option, value in of_torch.items():
+    names = ("device", "device_map", "quantize", "speculate")
+    for option, value in zip(names, of_torch, strict=True):
         if value not in (None, "auto"):
             raise ConfigError(
                 f"`{option}` is PyTorch's. vLLM has options of its own: --engine-option NAME=VALUE "

@@ -44,7 +44,7 @@ RULE = {torch.bfloat16: (1, 0), torch.float32: (4, 500_000)}
 
 Times = dict[Way, float]
 Case = tuple[str, str, int]
-"""Dtype, shape as "out x in", rows."""
+"""Dtype, what is multiplied ("out x in"), rows."""
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -88,8 +88,14 @@ def nearest(rows: int) -> int:
 def fastest(weight: torch.Tensor, rows: int, *, may_pack: bool = True) -> Way:
     """Return the way to multiply `rows` rows by these weights on this machine."""
     may_pack = may_pack and can_pack(weight.dtype)
-    times = machine().times(weight, nearest(rows))
-    if times is None:
+    rows = nearest(rows)
+    case = (
+        str(weight.dtype).removeprefix("torch."),
+        f"{weight.shape[0]} x {weight.shape[1]}",
+        rows,
+    )
+    times = machine().times(case, lambda: measure(weight, rows))
+    if times is None or TORCH not in times:
         least, size = RULE[weight.dtype]
         return PACKED if may_pack and rows >= least and weight.numel() >= size else TORCH
     ways = [way for way in times if may_pack or way != PACKED]
@@ -121,12 +127,10 @@ class Machine:
         """Whether the file can be written."""
         self._read()
 
-    def times(self, weight: torch.Tensor, rows: int) -> Times | None:
+    def times(self, case: Case, measured: Callable[[], Times]) -> Times | None:
         """Return the seconds of each way, measured now if they are not known; None: not kept."""
-        shape = f"{weight.shape[0]} x {weight.shape[1]}"
-        case = (str(weight.dtype).removeprefix("torch."), shape, rows)
         if case not in self.known and self.keeps:
-            self._keep(case, measure(weight, rows))
+            self._keep(case, measured())
         return self.known.get(case)
 
     def _keep(self, case: Case, times: Times) -> None:

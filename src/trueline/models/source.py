@@ -55,6 +55,8 @@ class ModelConfig:
     """What decodes: torch or vllm."""
     engine_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of vLLM, by its own names."""
+    speculate: str | None = None
+    """Decode ahead: "lookup" (prompt lookup), or a smaller model of the same tokenizer."""
 
     def __post_init__(self) -> None:
         for field in ("name", "adapter", "chat_template"):
@@ -95,4 +97,4 @@ class ModelConfig:
             "packed_weights": self.packed_weights,
             "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None))),
             **({"engine": self.engine} if self.engine != "torch" else {}),
-        } | ({"adapters": named} if named else {})
+        } | {k: v for k, v in {"adapters": named, "speculate": self.speculate}.items() if v}
